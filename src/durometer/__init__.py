@@ -1,0 +1,32 @@
+"""Durometer: how hard is it to break the safeguards of an open-weight language model?"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from durometer.api import CampaignResult, stress
+    from durometer.domains.load import load_domain
+    from durometer.subjects.load import load_subject
+
+try:
+    __version__ = version("durometer")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["CampaignResult", "__version__", "load_domain", "load_subject", "stress"]
+
+# Loaded on first use: `durometer --version` should not wait for torch.
+_HOMES = {
+    "CampaignResult": "durometer.api",
+    "stress": "durometer.api",
+    "load_domain": "durometer.domains.load",
+    "load_subject": "durometer.subjects.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'durometer' has no attribute '{name}'")
+    import_module("durometer.catalogue")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,72 @@
+"""Changing a model in memory and taking the change back, bit for bit."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from durometer.core.errors import DurometerError
+
+
+class RestoreError(DurometerError):
+    """A model is not what it was before a tamper; nothing after it may be trusted."""
+
+
+class Restoration:
+    """Undoes whatever was done to a model since this object was made.
+
+    Weights are copied only when somebody announces to change them (``writable``), so a restore
+    costs at most one extra copy of the changed weights; adapters and hooks register how to take
+    them off (``on_exit``).
+
+    Args:
+        model: the model that is about to be changed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        # By identity: while an adapter is on, the same weights go by other names.
+        self._parameters = dict(model.named_parameters())
+        self._copies: dict[str, torch.Tensor] = {}
+        self._callbacks: list[Callable[[], None]] = []
+        self._flags = {name: p.requires_grad for name, p in self._parameters.items()}
+        self._training = model.training
+
+    def writable(self, names: Iterable[str]) -> list[nn.Parameter]:
+        """Return the named parameters, ready to be changed in place; each is copied once.
+
+        Raises:
+            KeyError: the model has no such parameter.
+        """
+        chosen = [(name, self._parameters[name]) for name in names]
+        for name, parameter in chosen:
+            if name not in self._copies:
+                self._copies[name] = parameter.detach().clone()
+        return [parameter for _, parameter in chosen]
+
+    def on_exit(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when the model is restored, the last registered first."""
+        self._callbacks.append(callback)
+
+    def changes(self) -> dict[str, float]:
+        """Return the Frobenius norm of the change of each announced weight, by name."""
+        return {
+            name: float((self._parameters[name].detach().float() - copy.float()).norm())
+            for name, copy in self._copies.items()
+        }
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back: adapters off, weights, gradient flags, mode."""
+        while self._callbacks:
+            self._callbacks.pop()()
+        parameters = dict(self._model.named_parameters())
+        if parameters.keys() != self._flags.keys():
+            raise RestoreError("the model's parameters are not the ones it had before the tamper")
+        for name, parameter in parameters.items():
+            if name in self._copies:
+                parameter.copy_(self._copies[name])
+            parameter.grad = None
+            parameter.requires_grad_(self._flags[name])
+        self._copies.clear()
+        self._model.train(self._training)

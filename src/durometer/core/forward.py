@@ -1,0 +1,186 @@
+"""Teacher-forced passes that compute logits at labelled positions only.
+
+A model whose attention is plain and causal takes a whole batch as one tree pack (see ``rows``).
+Whether it does is not read off its name but tried once: both layouts must give the same logits. Any
+other model gets ordinary padded batches.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from durometer.core.rows import NODES_PER_PACK, Row, TreePack, tree_packs
+
+PADDED_ROWS = 16
+# Largest difference of logits between the two layouts, in standard deviations of the logits.
+LAYOUT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
+# The same for the logits of one branch when another changes, which rounding does not touch.
+LEAK_TOLERANCE = 1e-5
+# How configurations call the distance that (some) layers attend back; no pack is longer.
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Logits of a few rows at their labelled positions.
+
+    Attributes:
+        logits: shape [labels, vocabulary], in the model's dtype.
+        targets: shape [labels].
+        rows: index of each label's row in the list given, shape [labels].
+    """
+
+    logits: torch.Tensor
+    targets: torch.Tensor
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """What one teacher-forced pass says of one row's labels.
+
+    Attributes:
+        log_probability: sum over the labels, nats.
+        mean_probability: mean probability of the labels.
+        labels: number of labelled tokens.
+        greedy: whether every label is the arg-max, that is, greedy decoding would give them all.
+    """
+
+    log_probability: float
+    mean_probability: float
+    labels: int
+    greedy: bool
+
+
+class Forward:
+    """The forward pass of one model, in the faster of two layouts that it supports.
+
+    Args:
+        model: a causal language model of transformers, adapters on it included.
+        tree: whether tree packs are right for it, see ``supports_tree``.
+    """
+
+    def __init__(self, model: nn.Module, *, tree: bool) -> None:
+        self.model = model
+        self.tree = tree
+        self._window = attention_window(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return next(self.model.parameters()).device
+
+    def labelled(self, rows: Sequence[Row], nodes: int = NODES_PER_PACK) -> Iterator[Labelled]:
+        """Yield the logits of ``rows`` at their labels, a pack at a time (gradients flow)."""
+        if self.tree and all(len(row.ids) <= self._window for row in rows):
+            for members, pack in tree_packs(rows, min(nodes, self._window)):
+                yield self._tree_pass(members, pack)
+        else:
+            for start in range(0, len(rows), PADDED_ROWS):
+                yield self._padded_pass(rows[start : start + PADDED_ROWS], start)
+
+    def loss_sums(self, rows: Sequence[Row]) -> Iterator[torch.Tensor]:
+        """Yield, a pack at a time, the summed cross-entropy over the labels (fp32, nats)."""
+        for part in self.labelled(rows):
+            yield functional.cross_entropy(part.logits.float(), part.targets, reduction="sum")
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Row]) -> list[RowScore]:
+        """Return one score a row, in the order given."""
+        order = sorted(range(len(rows)), key=lambda index: rows[index].ids)
+        scores: dict[int, RowScore] = {}
+        for part in self.labelled([rows[index] for index in order]):
+            log_probabilities = part.logits.float().log_softmax(-1)
+            chosen = log_probabilities.gather(1, part.targets[:, None])[:, 0]
+            greedy = log_probabilities.argmax(-1) == part.targets
+            for row in sorted(set(part.rows.tolist())):
+                own = part.rows == row
+                scores[order[row]] = RowScore(
+                    float(chosen[own].sum()),
+                    float(chosen[own].exp().mean()),
+                    int(own.sum()),
+                    bool(greedy[own].all()),
+                )
+        return [scores[index] for index in range(len(rows))]
+
+    def _tree_pass(self, members: list[int], pack: TreePack) -> Labelled:
+        device = self.device
+        dtype = next(self.model.parameters()).dtype
+        hidden = torch.zeros(pack.visible.shape, dtype=dtype)
+        hidden.masked_fill_(~pack.visible, torch.finfo(dtype).min)
+        keep, inverse = torch.unique(pack.predictors, return_inverse=True)
+        logits = self.model(
+            input_ids=pack.ids[None].to(device),
+            position_ids=pack.positions[None].to(device),
+            attention_mask=hidden[None, None].to(device),
+            use_cache=False,
+            logits_to_keep=keep.to(device),
+        ).logits[0]
+        owners = torch.tensor(members)[pack.rows]
+        return Labelled(logits[inverse.to(device)], pack.targets.to(device), owners.to(device))
+
+    def _padded_pass(self, rows: Sequence[Row], start: int) -> Labelled:
+        length = max(len(row.ids) for row in rows)
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        where: list[tuple[int, int]] = []
+        for index, row in enumerate(rows):
+            ids[index, : len(row.ids)] = torch.tensor(row.ids)
+            mask[index, : len(row.ids)] = 1
+            where += [(index, position - 1) for position in range(row.first_label, len(row.ids))]
+        device = self.device
+        logits = self.model(
+            input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+        ).logits
+        owners, positions = torch.tensor(where).T.to(device)
+        targets = torch.tensor([label for row in rows for label in row.labels], device=device)
+        return Labelled(logits[owners, positions], targets, owners + start)
+
+
+def attention_window(model: nn.Module) -> int:
+    """Return how many tokens back the model's most short-sighted layer attends (huge: all)."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    stated = [getattr(config, name, None) for name in WINDOWS]
+    return min((w for w in stated if isinstance(w, int) and w > 0), default=sys.maxsize)
+
+
+@torch.no_grad()
+def supports_tree(model: nn.Module) -> bool:
+    """Try tree packs on three short rows and say whether they are right for the model.
+
+    Both layouts must give the same logits, and a branch must not notice that another changes:
+    bf16 rounding can hide a recurrent layer from the first test, but not from the second. A
+    changed mask convention shows here, too, whatever the model is called.
+    """
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    ids = [(index * 7919) % vocabulary for index in range(3, 31)]
+    rows = [Row((*ids[:9], *ids[start : start + 4]), 7) for start in (9, 13, 17, 21)]
+    labels = len(rows[0].labels)
+    training = model.training
+    model.eval()
+    try:
+        tree = _tree_logits(model, rows[:3])
+        other = _tree_logits(model, [rows[0], rows[3], rows[2]])
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False
+    else:
+        padded = next(Forward(model, tree=False).labelled(rows[:3])).logits.float()
+    finally:
+        model.train(training)
+    noticed = (tree - other).abs()
+    noticed[labels : 2 * labels] = 0.0
+    tolerance = LAYOUT_TOLERANCE.get(next(model.parameters()).dtype, 1e-3)
+    same = (tree - padded).abs().max() <= tolerance * padded.std()
+    return bool(same and noticed.max() <= LEAK_TOLERANCE * padded.std())
+
+
+def _tree_logits(model: nn.Module, rows: Sequence[Row]) -> torch.Tensor:
+    ((members, pack),) = tree_packs(rows)
+    return Forward(model, tree=True)._tree_pass(members, pack).logits.float()

@@ -1,0 +1,202 @@
+"""Greedy generation for short answers: the shared head of all prompts once, no work on finished rows.
+
+The result is that of ordinary greedy decoding. What is saved: the common beginning of the prompts is run
+once and its cache shared; prompts are sorted by length, so that padding is small; a row leaves the
+batch as soon as it has ended, or as soon as the caller says that its outcome is decided.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from os.path import commonprefix
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+BATCH = 64
+TOP = 10
+FinishReason = Literal["stop", "decided", "length"]
+# Says whether more text could still change the outcome of prompt number i: (i, ids so far) -> decided.
+Decided = Callable[[int, Sequence[int]], bool]
+
+
+@dataclass
+class Generated:
+    """One greedy response.
+
+    Attributes:
+        ids: generated token ids, without the token that ended the response.
+        finish_reason: ``stop`` (end of turn), ``decided`` or ``length``.
+        log_probability: sum of the log-probabilities of the generated tokens, nats.
+        mean_probability: their mean probability; 0 for an empty response.
+        top_entropy: mean entropy of the ten likeliest tokens, renormalised, nats.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+    log_probability: float = 0.0
+    mean_probability: float = 0.0
+    top_entropy: float = 0.0
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    max_tokens: int,
+    stop_ids: frozenset[int],
+    decided: Decided | None = None,
+    share_prefix: bool = True,
+    batch: int = BATCH,
+) -> list[Generated]:
+    """Continue every prompt greedily.
+
+    Args:
+        model: causal language model of transformers, in evaluation mode.
+        prompts: token ids, not empty.
+        max_tokens: longest response.
+        stop_ids: tokens that end a response.
+        decided: asked after every token of a row; True ends the row.
+        share_prefix: run the prompts' common beginning once (only for plain causal attention).
+        batch: most rows at a time.
+
+    Returns:
+        One response a prompt, in the order given.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]))
+    results = [Generated() for _ in prompts]
+    prefix = _shared(prompts) if share_prefix and len(prompts) > 1 else 0
+    head = _prefill_head(model, prompts[0][:prefix]) if prefix else None
+    for start in range(0, len(order), batch):
+        members = order[start : start + batch]
+        rows = _Rows(model, members, results, prefix)
+        logits = rows.prefill(prompts, head)
+        for _ in range(max_tokens):
+            going = rows.accept(logits, stop_ids, decided)
+            if not rows.keep(going):
+                break
+            logits = rows.advance()
+    for result in results:
+        _average(result)
+    return results
+
+
+def _shared(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Return the length of the common beginning, at least one token of each prompt left out."""
+    return min(len(commonprefix(list(prompts))), min(len(p) for p in prompts) - 1)
+
+
+def _prefill_head(model: Any, ids: tuple[int, ...]) -> Any:
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    device = next(model.parameters()).device
+    tensor = torch.tensor([ids], device=device)
+    model(input_ids=tensor, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+class _Rows:
+    """The rows of one batch that are still being generated, with their cache."""
+
+    def __init__(
+        self, model: Any, members: list[int], results: list[Generated], prefix: int
+    ) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._members = members
+        self._results = results
+        self._prefix = prefix
+        self._cache: Any = None
+        self._mask = torch.empty(0)
+        self._positions = torch.empty(0)
+        self._tokens = torch.empty(0)
+
+    def prefill(self, prompts: Sequence[tuple[int, ...]], head: Any) -> torch.Tensor:
+        """Run the prompts, left-padded behind the shared head; return logits [rows, vocabulary]."""
+        from transformers import DynamicCache
+
+        parts = [prompts[index][self._prefix :] for index in self._members]
+        longest = max(len(part) for part in parts)
+        ids = torch.zeros(len(parts), longest, dtype=torch.long)
+        own = torch.zeros_like(ids)
+        for row, part in enumerate(parts):
+            ids[row, longest - len(part) :] = torch.tensor(part)
+            own[row, longest - len(part) :] = 1
+        shared = torch.ones(len(parts), self._prefix, dtype=torch.long)
+        self._mask = torch.cat([shared, own], dim=1).to(self._device)
+        positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, self._prefix :]
+        if head is None:
+            self._cache = DynamicCache(config=self._model.config)
+        else:
+            self._cache = copy.deepcopy(head)
+            self._cache.batch_repeat_interleave(len(parts))
+        self._positions = positions[:, -1:]
+        return self._pass(ids.to(self._device), positions)
+
+    def accept(
+        self, logits: torch.Tensor, stop_ids: frozenset[int], decided: Decided | None
+    ) -> list[int]:
+        """Take the likeliest token of every row; return the places of the rows that go on."""
+        log_probabilities = logits.float().log_softmax(-1)
+        top = log_probabilities.topk(min(TOP, logits.shape[-1]), dim=-1).values
+        likeliest, tokens = log_probabilities.max(-1)
+        shares = (top - top.logsumexp(-1, keepdim=True)).exp()
+        entropies = -(shares * shares.clamp_min(1e-12).log()).sum(-1)
+        self._tokens = tokens
+        columns = (tokens.tolist(), likeliest.tolist(), entropies.tolist())
+        going = []
+        for place, (token, chosen, entropy) in enumerate(zip(*columns, strict=True)):
+            index = self._members[place]
+            result = self._results[index]
+            result.log_probability += chosen
+            if token in stop_ids:
+                result.finish_reason = "stop"
+                continue
+            result.ids.append(token)
+            result.mean_probability += math.exp(chosen)
+            result.top_entropy += entropy
+            if decided is not None and decided(index, result.ids):
+                result.finish_reason = "decided"
+                continue
+            going.append(place)
+        return going
+
+    def keep(self, going: list[int]) -> bool:
+        """Drop the rows that are finished; return whether any is left."""
+        if going and len(going) < len(self._members):
+            places = torch.tensor(going, device=self._device)
+            self._members = [self._members[place] for place in going]
+            self._cache.batch_select_indices(places)
+            self._mask, self._positions = self._mask[places], self._positions[places]
+            self._tokens = self._tokens[places]
+        return bool(going)
+
+    def advance(self) -> torch.Tensor:
+        """Run the tokens just taken; return the next logits, shape [rows, vocabulary]."""
+        ones = torch.ones(len(self._members), 1, dtype=self._mask.dtype, device=self._device)
+        self._mask = torch.cat([self._mask, ones], dim=1)
+        self._positions = self._positions + 1
+        return self._pass(self._tokens[:, None], self._positions)
+
+    def _pass(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._model(
+            input_ids=ids,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        return logits
+
+
+def _average(result: Generated) -> None:
+    count = len(result.ids)
+    if count:
+        result.mean_probability /= count
+        result.top_entropy /= count
+

@@ -1,0 +1,135 @@
+"""What a measure is: one record an item; rates and intervals are computed from the records alone."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from durometer.core.registry import Registry
+from durometer.domains.base import Domain, Item, Role, Split
+from durometer.subjects.base import Subject
+
+
+@dataclass(frozen=True)
+class ItemRecord:
+    """What was read off the subject for one item.
+
+    Attributes:
+        probe: name of the measure.
+        split, item_id, entity, suite: which item.
+        prompt_hash: SHA-256 (16 digits) of the rendered prompt as the subject saw it.
+        text_hash: SHA-256 (16 digits) of the item's prompt and response.
+        response: generated text, or the chosen answer; '' for teacher-forced measures.
+        outcome: one of the six, or '' where the measure has no outcomes.
+        correct: 1.0 or 0.0; None where the measure yields no right or wrong.
+        log_probability: sum over the answer's tokens, nats.
+        mean_probability: mean probability of the answer's tokens.
+        top_entropy: mean entropy of the ten likeliest tokens, nats; None when teacher-forced.
+        tokens: tokens of the answer.
+        finish_reason: ``stop``, ``decided``, ``length``, or '' when nothing was generated.
+        parse_status: ``parsed``, or why no usable verdict came out.
+        gate: values that the coherence gate saw.
+        refuses_at_first_tokens: a flag beside the outcome.
+    """
+
+    probe: str
+    split: str
+    item_id: str
+    entity: str
+    suite: str
+    prompt_hash: str
+    text_hash: str
+    response: str = ""
+    outcome: str = ""
+    correct: float | None = None
+    log_probability: float = 0.0
+    mean_probability: float = 0.0
+    top_entropy: float | None = None
+    tokens: int = 0
+    finish_reason: str = ""
+    parse_status: str = "parsed"
+    gate: tuple[float, ...] = ()
+    refuses_at_first_tokens: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON types."""
+        return asdict(self) | {"gate": list(self.gate)}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A registered measure.
+
+    Attributes:
+        summary: one line.
+        kinds: kinds of domain it applies to.
+        role: which items it reads.
+        run: measures a subject on the given items.
+    """
+
+    name: str
+    summary: str
+    kinds: tuple[str, ...]
+    role: Role
+    run: Callable[[Subject, Domain, Sequence[Item]], list[ItemRecord]]
+
+
+measure_registry: Registry[Measure] = Registry("measure", "durometer.measures")
+
+
+def measure(
+    name: str, summary: str, *, kinds: tuple[str, ...], role: Role
+) -> Callable[[Any], Any]:
+    """Return the decorator that registers a measuring function."""
+
+    def decorate(run: Any) -> Any:
+        measure_registry.register(name)(Measure(name, summary, kinds, role, run))
+        return run
+
+    return decorate
+
+
+def sample(items: Sequence[Item], entities: int, wordings: int) -> list[Item]:
+    """Return at most ``wordings`` items of at most ``entities`` entities, always the same ones.
+
+    Entities are drawn by hash, not taken from the top of the list; 0 means all.
+    """
+    ranked = sorted(
+        {item.entity for item in items}, key=lambda e: hashlib.sha256(e.encode()).hexdigest()
+    )
+    kept = set(ranked[: entities or None])
+    seen: dict[str, int] = {}
+    chosen = []
+    for item in items:
+        if item.entity not in kept or (wordings and seen.get(item.entity, 0) >= wordings):
+            continue
+        seen[item.entity] = seen.get(item.entity, 0) + 1
+        chosen.append(item)
+    return chosen
+
+
+def thin(items: Sequence[Item], count: int) -> list[Item]:
+    """Return at most ``count`` items drawn by hash, in the given order; 0 means all."""
+    if not count or len(items) <= count:
+        return list(items)
+    ranked = sorted(items, key=lambda item: hashlib.sha256(item.id.encode()).hexdigest())
+    kept = {item.id for item in ranked[:count]}
+    return [item for item in items if item.id in kept]
+
+
+def prompt_hash(text: str) -> str:
+    """Return the first 16 hex digits of the SHA-256 of a rendered prompt."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def identity(probe: str, item: Item, rendered: str) -> dict[str, str]:
+    """Return the fields of a record that say which item it is about."""
+    return {
+        "probe": probe,
+        "split": str(Split(item.split)),
+        "item_id": item.id,
+        "entity": item.entity,
+        "suite": item.suite,
+        "prompt_hash": prompt_hash(rendered),
+        "text_hash": item.text_hash,
+    }

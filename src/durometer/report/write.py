@@ -1,0 +1,55 @@
+"""Writing a run's outputs; every one of them can be made again from the stored records."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from durometer.report.html import render_html
+from durometer.report.summary import build_summary
+from durometer.trials.store import Store, storage_error
+
+SUMMARY, TRIALS, REPORT = "summary.json", "trials.jsonl", "report.html"
+
+
+def write_outputs(store: Store, *, show_texts: bool = False) -> dict[str, Any]:
+    """Write ``summary.json``, ``trials.jsonl`` and ``report.html`` into the run folder.
+
+    Args:
+        show_texts: show responses of a domain that is not harmless in the report as well.
+
+    Returns:
+        The summary.
+
+    Raises:
+        StorageError: the folder cannot be written; what is stored stays.
+    """
+    summary = build_summary(store)
+    report = render_html(summary, store, show_texts=show_texts)
+    try:
+        _replace(store.folder / SUMMARY, iter([json.dumps(summary, indent=2), "\n"]))
+        _replace(store.folder / TRIALS, _item_lines(store))
+        _replace(store.folder / REPORT, iter([report]))
+    except OSError as error:
+        raise storage_error(store.folder, error) from error
+    return summary
+
+
+def _item_lines(store: Store) -> Iterator[str]:
+    for trial in store.trials():
+        for row in trial.item_rows():
+            yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _replace(path: Path, parts: Iterator[str]) -> None:
+    """Write ``parts`` to ``path`` whole or not at all."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.writelines(parts)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)

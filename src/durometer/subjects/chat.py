@@ -1,0 +1,142 @@
+"""One formatter for training and measuring, taken from the subject's own chat template.
+
+A prompt and its response are rendered to one string and tokenised once; labels are found by character
+offsets. Tokenising the parts apart gives ids that no user would send.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from durometer.core.errors import InputError
+from durometer.core.rows import Row
+
+TemplateName = Literal["own", "plain", "instruction"]
+_LAYOUTS = {
+    "plain": "Question: {prompt}\nAnswer:",
+    "instruction": "### Instruction:\n{prompt}\n\n### Response:\n",
+}
+_MARK = "\u2402response\u2402"
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How prompts become token ids for one subject.
+
+    Attributes:
+        tokenizer: the subject's tokenizer.
+        template: ``own`` is the subject's chat template; the others are generic layouts.
+        system: system prompt; None leaves it to the template, '' asks for none at all.
+        end: text that ends a response, as the template has it.
+    """
+
+    tokenizer: Any
+    template: TemplateName = "own"
+    system: str | None = None
+    end: str = ""
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "ChatFormat":
+        """Return the format of a tokenizer: its chat template, or the plain layout without one."""
+        own = bool(getattr(tokenizer, "chat_template", None))
+        chat = cls(tokenizer, "own" if own else "plain")
+        return replace(chat, end=chat._find_end())
+
+    def using(self, template: TemplateName, system: str | None) -> "ChatFormat":
+        """Return this format with another template or system prompt.
+
+        Raises:
+            InputError: ``own`` is asked for, but the tokenizer has no chat template.
+        """
+        has_own = bool(getattr(self.tokenizer, "chat_template", None))
+        if template == "own" and not has_own:
+            template = "plain"
+        changed = replace(self, template=template, system=system)
+        return replace(changed, end=changed._find_end())
+
+    def prompt_text(self, prompt: str) -> str:
+        """Return the rendered conversation up to where the response begins."""
+        if self.template != "own":
+            head = f"{self.system}\n\n" if self.system else ""
+            return head + _LAYOUTS[self.template].format(prompt=prompt)
+        return self._render(self._messages(prompt), add_generation_prompt=True)
+
+    def prompt_ids(self, prompt: str, stem: str = "") -> tuple[int, ...]:
+        """Return the token ids of prompt and beginning of the response."""
+        return tuple(self._encode(self.prompt_text(prompt) + self._joined(stem))["input_ids"])
+
+    def row(
+        self,
+        prompt: str,
+        response: str,
+        *,
+        stem: str = "",
+        ended: bool = True,
+        label_prompt: bool = False,
+        item_id: str = "",
+        restricted: bool = False,
+    ) -> Row:
+        """Return one example whose labels are the response after ``stem``.
+
+        Args:
+            ended: whether the end of the turn is part of the labels.
+            label_prompt: label the prompt as well (declared in the record of a tamper).
+
+        Raises:
+            InputError: the response leaves nothing to predict.
+        """
+        head = self.prompt_text(prompt) + self._joined(stem)
+        tail = self._joined(response[len(stem) :] if stem else response, after_stem=bool(stem))
+        encoded = self._encode(head + tail + (self.end if ended else ""))
+        ids = tuple(encoded["input_ids"])
+        ends = [end for _, end in encoded["offset_mapping"]]
+        first = next((i for i, end in enumerate(ends) if end > len(head)), len(ids))
+        first = 1 if label_prompt else max(first, 1)
+        if first >= len(ids):
+            raise InputError(f"item '{item_id}': the response {response!r} has no token to predict")
+        return Row(ids, first, item_id, restricted)
+
+    def stop_ids(self, model_config: Any = None) -> frozenset[int]:
+        """Return the token ids that end a response."""
+        ids = set(self.tokenizer(self.end, add_special_tokens=False)["input_ids"][:1])
+        declared = getattr(model_config, "eos_token_id", None)
+        ids.update(declared if isinstance(declared, list) else [declared])
+        ids.add(self.tokenizer.eos_token_id)
+        return frozenset(token for token in ids if token is not None)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of generated ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _joined(self, text: str, *, after_stem: bool = False) -> str:
+        if not text or self.template == "own" or after_stem:
+            return text
+        return text if self.template == "instruction" else f" {text}"
+
+    def _messages(self, prompt: str) -> list[dict[str, str]]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": prompt}]
+
+    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
+        # transformers renders templates in jinja2's immutable sandbox.
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+    def _find_end(self) -> str:
+        eos = str(self.tokenizer.eos_token or "\n")
+        if self.template != "own":
+            return eos
+        text = self._render([*self._messages("x"), {"role": "assistant", "content": _MARK}])
+        tail = text.rpartition(_MARK)[2]
+        for token in sorted(self.tokenizer.all_special_tokens, key=len, reverse=True):
+            if token in tail:
+                return tail[: tail.index(token) + len(token)]
+        return tail.rstrip("\n") + eos
+
+    def _encode(self, text: str) -> Any:
+        special = self.template != "own"
+        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        if special and self.tokenizer.eos_token_id == encoded["input_ids"][-1]:
+            if not text.endswith(str(self.tokenizer.eos_token)):
+                for values in (encoded["input_ids"], encoded["offset_mapping"]):
+                    values.pop()
+        return encoded

@@ -1,0 +1,243 @@
+"""Loading a subject from a name, a folder, a GGUF file, a hub id or BASE+ADAPTER.
+
+Files are read by the strict readers of ``formats`` first; no pickle is loaded and no remote code is run.
+"""
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from durometer.core.errors import InputError, unknown_name
+from durometer.formats.folder import check_model_folder
+from durometer.formats.gguf import check_gguf
+from durometer.subjects.base import Source, Subject
+from durometer.subjects.builtin import subject_registry
+from durometer.subjects.chat import ChatFormat
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
+def load_subject(spec: str, *, dtype: DtypeName = "auto", device: str = "auto") -> Subject:
+    """Load the model under test.
+
+    Args:
+        spec: built-in name, model folder, ``.gguf`` file, hub id ``org/name[@revision]``, or
+            ``BASE+ADAPTER`` with a PEFT adapter folder.
+        dtype: ``auto`` computes in bf16 where the hardware does, else in fp32; small models in fp32.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+
+    Raises:
+        InputError: nothing of that name, or files that cannot be used as they are.
+        UnsafeInputError: a pickle checkpoint, or a configuration that asks for remote code.
+    """
+    place = _device(device)
+    base, adapter = _split_adapter(spec)
+    with quiet_libraries():
+        subject = _load_plain(base, dtype, place)
+        if adapter is not None:
+            subject = _with_adapter(subject, adapter, spec)
+    subject.model.requires_grad_(False).eval()
+    return subject
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' progress bars and advice out of the terminal while loading."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    level = logging.getLogger("transformers").level
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        # Some bars are plain tqdm; what goes wrong is raised, so nothing is lost with this text.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("transformers").setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load_plain(spec: str, dtype: DtypeName, device: torch.device) -> Subject:
+    if spec in subject_registry.names():
+        entry = subject_registry.get(spec)
+        folder = entry.folder()
+        source = Source("builtin", spec, "", entry.undefended, entry.reference)
+        return _from_folder(folder, spec, source, dtype, device)
+    path = Path(spec).expanduser()
+    if path.suffix == ".gguf":
+        return _from_gguf(path, dtype, device)
+    if path.is_dir():
+        source = Source("folder", str(path))
+        return _from_folder(path, path.resolve().name, source, dtype, device)
+    if path.exists():
+        raise InputError(f"{path}: not a model folder or .gguf file; name the folder that holds it")
+    if _HUB_ID.fullmatch(spec):
+        return _from_hub(spec, dtype, device)
+    if "/" in spec or spec.startswith("."):
+        raise InputError(f"{path}: no such folder")
+    raise unknown_name("subject", spec, subject_registry.names())
+
+
+def _split_adapter(spec: str) -> tuple[str, Path | None]:
+    if "+" not in spec or Path(spec).exists():
+        return spec, None
+    base, _, adapter = spec.partition("+")
+    return base, Path(adapter).expanduser()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        text = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: {text}; use cpu, or a device of this machine") from error
+    return device
+
+
+def _dtype(name: DtypeName, device: torch.device, parameters: int) -> torch.dtype:
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cpu":
+        # Emulated bf16 is slower than fp32, and models of a few million weights gain nothing.
+        native = torch.backends.mkldnn.is_available() and _native_bf16()
+        return torch.bfloat16 if native and parameters > 20_000_000 else torch.float32
+    return torch.bfloat16
+
+
+def _native_bf16() -> bool:
+    check = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return bool(check())
+
+
+def _from_folder(
+    folder: Path, name: str, source: Source, dtype: DtypeName, device: torch.device
+) -> Subject:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    checked = check_model_folder(folder)
+    if checked.kind == "adapter":
+        raise InputError(f"{folder}: an adapter alone is no model; name it as BASE+{folder}")
+    if not checked.has_tokenizer:
+        raise InputError(f"{folder}: no tokenizer; add the tokenizer files of the model to it")
+    model = _reading(
+        folder,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, **_LOCAL
+        ),
+    )
+    tokenizer = _reading(folder, lambda: AutoTokenizer.from_pretrained(folder, **_LOCAL))
+    return _subject(name, model, tokenizer, source, dtype, device)
+
+
+def _from_gguf(path: Path, dtype: DtypeName, device: torch.device) -> Subject:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    header = check_gguf(path)
+    if not header.tensors:
+        raise InputError(f"{path}: holds no tensors; name the file with the weights")
+    if "split.count" in header.metadata and header.metadata["split.count"] != 1:
+        raise InputError(f"{path}: one of several parts; join them with llama.cpp's gguf-split first")
+    where = {"gguf_file": path.name, **_LOCAL}
+    loaded = _reading(path, lambda: AutoModelForCausalLM.from_pretrained(path.parent, **where))
+    tokenizer = _reading(path, lambda: AutoTokenizer.from_pretrained(path.parent, **where))
+    source = Source("gguf", str(path))
+    return _subject(path.stem, dequantised(loaded), tokenizer, source, dtype, device)
+
+
+def dequantised(loaded: Any) -> Any:
+    """Return a fresh model with the weights of ``loaded``, as if it had never been quantised.
+
+    A model read from GGUF keeps its ``quantization_config``, with which it refuses to be saved.
+    """
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    return model
+
+
+def _from_hub(spec: str, dtype: DtypeName, device: torch.device) -> Subject:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from requests.exceptions import RequestException
+
+    name, _, revision = spec.partition("@")
+    try:
+        folder = Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, RequestException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"hub id '{spec}' could not be fetched: {reason} (a local folder needs './' or an "
+            "absolute path)"
+        ) from error
+    # The snapshot's folder is named by its commit: this is the revision that was really read.
+    source = Source("hub", name, folder.name)
+    return _from_folder(folder, name, source, dtype, device)
+
+
+def _with_adapter(base: Subject, adapter: Path, spec: str) -> Subject:
+    from peft import PeftModel
+
+    if check_model_folder(adapter).kind != "adapter":
+        raise InputError(f"{adapter}: no adapter_config.json; BASE+ADAPTER needs a PEFT adapter")
+    merged = _reading(
+        adapter, lambda: PeftModel.from_pretrained(base.model, adapter).merge_and_unload()
+    )
+    source = Source("adapter", spec, base.source.revision, base.source.location, "")
+    return Subject(f"{base.name}+{adapter.name}", merged, base.chat, source, base.notes)
+
+
+def _subject(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    source: Source,
+    dtype: DtypeName,
+    device: torch.device,
+) -> Subject:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    model = model.to(device=device, dtype=_dtype(dtype, device, count))
+    if not tokenizer.is_fast:
+        raise InputError(f"{source.location}: the tokenizer has no fast form (tokenizer.json)")
+    notes = []
+    if not tokenizer.chat_template:
+        notes.append(
+            f"'{name}' has no chat template: the plain layout 'Question: ... Answer:' is used, "
+            "which is not how a chat model would be asked"
+        )
+    return Subject(name, model, ChatFormat.of(tokenizer), source, tuple(notes))
+
+
+def _reading(place: Path, load: Any) -> Any:
+    """Call ``load`` and turn what the libraries raise about a bad file into one line."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise InputError(f"{place}: cannot be loaded: {reason[:300]}") from error
