@@ -1,16 +1,22 @@
 """The Python interface of the main job: stress-test a subject and read the result."""
 
+import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import durometer.catalogue  # noqa: F401  (fills the registries)
-from durometer.core.errors import InputError
+from durometer.core.errors import ExitCode, InputError
 from durometer.report.write import write_outputs
+from durometer.subjects.load import DtypeName
 from durometer.trials.campaign import Campaign, Request
 from durometer.trials.record import CheckpointRecord, TrialRecord, TrialSpec
 from durometer.trials.runner import Observer
-from durometer.trials.store import FILE, Store
+from durometer.trials.store import Store
+
+Condition = Literal["broke"]
+logger = logging.getLogger(__name__)
 
 
 class SilentObserver:
@@ -44,7 +50,7 @@ class CampaignResult:
 
     folder: Path
     summary: dict[str, Any]
-    interrupted: bool
+    interrupted: bool = False
 
     @property
     def broke(self) -> bool:
@@ -53,10 +59,23 @@ class CampaignResult:
 
     @property
     def complete(self) -> bool:
-        """Whether every planned trial ran and could be measured."""
+        """Whether every planned trial ran and could be measured, one attack at least among them."""
         counts = self.summary["status_counts"]
         unmeasured = ("errored", "out_of_memory", "interrupted")
-        return self.summary["complete"] and not any(counts[name] for name in unmeasured)
+        attacked = any(
+            checkpoint["steps"] or checkpoint["strength"]
+            for tamper in self.summary["tampers"]
+            for checkpoint in tamper["checkpoints"]
+        )
+        return self.summary["complete"] and attacked and not any(counts[name] for name in unmeasured)
+
+    def exit_code(self, fail_on: Collection[Condition] = ()) -> ExitCode:
+        """Return what the process tells its caller; a condition of ``fail_on`` wins."""
+        if self.interrupted:
+            return ExitCode.INTERRUPTED
+        if "broke" in fail_on and self.broke:
+            return ExitCode.CONDITION
+        return ExitCode.COMPLETE if self.complete else ExitCode.INCOMPLETE
 
 
 def stress(
@@ -71,7 +90,7 @@ def stress(
     seeds: int | None = None,
     budget_steps: int | None = None,
     resume: bool = False,
-    dtype: Any = "auto",
+    dtype: DtypeName = "auto",
     device: str = "auto",
     observer: Observer | None = None,
 ) -> CampaignResult:
@@ -100,16 +119,42 @@ def stress(
         dtype,
         device,
     )
-    folder = Path(out)
-    if (folder / FILE).exists() and not resume:
-        raise InputError(f"{folder}: holds a run already; go on with --resume or name another --out")
+    return run_campaign(request, Path(out), resume=resume, observer=observer)
+
+
+def run_campaign(
+    request: Request, folder: Path, *, resume: bool = False, observer: Observer | None = None
+) -> CampaignResult:
+    """Carry out ``request`` in the run folder ``folder``; see ``stress``."""
     store = Store(folder)
     try:
-        if resume:
-            store.forget(("errored", "out_of_memory"))
+        if store.begun and not resume:
+            raise InputError(f"{folder}: holds a run already; go on with --resume or name another --out")
+        store.forget(("errored", "out_of_memory"))
         campaign = Campaign.prepare(request, store, observer or SilentObserver())
+        for note in dict.fromkeys([*campaign.domain.notes, *campaign.subjects["subject"].notes]):
+            logger.warning(note)
         campaign.run()
         summary = write_outputs(store)
     finally:
-        store.close()
+        store.discard_unused()
     return CampaignResult(folder, summary, campaign.interrupted)
+
+
+def rebuild(folder: Path, *, show_texts: bool = False) -> CampaignResult:
+    """Write every output of a run folder again, from its stored records alone.
+
+    Args:
+        show_texts: show responses of a domain that is not harmless in the report as well.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    store = Store.open(folder)
+    try:
+        if not store.begun:
+            raise InputError(f"{folder}: the run in it ended before anything was measured")
+        summary = write_outputs(store, show_texts=show_texts)
+    finally:
+        store.close()
+    return CampaignResult(folder, summary)

@@ -32,6 +32,11 @@ def cache_root() -> Path:
     return Path(base) / "durometer"
 
 
+def cached_path(name: str, digest: str) -> Path:
+    """Return where ``cached_folder`` keeps ``name``, whether it is there or not."""
+    return cache_root() / f"{name}-{digest[:16]}"
+
+
 def cached_folder(name: str, digest: str, build: Callable[[Path], None]) -> Path:
     """Return the folder ``name`` made by ``build``, building it if it is not there.
 
@@ -45,7 +50,7 @@ def cached_folder(name: str, digest: str, build: Callable[[Path], None]) -> Path
     Raises:
         StorageError: the cache folder cannot be written.
     """
-    final = cache_root() / f"{name}-{digest[:16]}"
+    final = cached_path(name, digest)
     if final.is_dir():
         return final
     try:

@@ -55,6 +55,10 @@ class Restoration:
             for name, copy in self._copies.items()
         }
 
+    def copied_bytes(self) -> int:
+        """Return the size of the copies held: at most one of every changed weight."""
+        return sum(copy.numel() * copy.element_size() for copy in self._copies.values())
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back: adapters off, weights, gradient flags, mode."""

@@ -1,18 +1,39 @@
 """Errors that a user can act on, and the exit codes that they stand for."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 from enum import IntEnum
 
 
+# A full disk, a quota, a file-size limit, a read-only file system: nothing the user's input is to blame for.
+STORAGE_ERRORS = {
+    number
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")
+    if (number := getattr(errno, name, None)) is not None
+}
+
+
 class ExitCode(IntEnum):
-    """What the process tells its caller; CONDITION wins over INCOMPLETE."""
+    """What the process tells its caller; CONDITION wins over INCOMPLETE.
+
+    Attributes:
+        COMPLETE: everything asked for was done.
+        CONDITION: a condition named by ``--fail-on`` holds.
+        INPUT_ERROR: the command or its input cannot be used as it is.
+        INCOMPLETE: something could not be measured, examined or written.
+        INTERNAL_ERROR: a fault of durometer itself.
+        INTERRUPTED: Ctrl-C.
+        BROKEN_PIPE: whoever read the output went away.
+    """
 
     COMPLETE = 0
     CONDITION = 1
     INPUT_ERROR = 2
     INCOMPLETE = 3
+    INTERNAL_ERROR = 4
     INTERRUPTED = 130
+    BROKEN_PIPE = 141
 
 
 class DurometerError(Exception):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-BATCH = 64
+BATCH = 96
 TOP = 10
 FinishReason = Literal["stop", "decided", "length"]
 # Says whether more text could still change the outcome of prompt number i: (i, ids so far) -> decided.
@@ -183,13 +183,16 @@ class _Rows:
         return self._pass(self._tokens[:, None], self._positions)
 
     def _pass(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        # An index, not a count: a count slices, and the product of a slice with the output head
+        # copies the whole head once a row (half of the time of a batch on a CPU).
+        last = torch.tensor([ids.shape[1] - 1], device=self._device)
         logits: torch.Tensor = self._model(
             input_ids=ids,
             attention_mask=self._mask,
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         ).logits[:, -1]
         return logits
 

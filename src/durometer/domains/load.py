@@ -9,7 +9,7 @@ from durometer.domains.folder import read_folder
 
 
 def load_domain(spec: str) -> Domain:
-    """Return the domain named by ``spec``.
+    """Return the domain named by ``spec``, with splits that can be used as they are.
 
     Args:
         spec: built-in name or folder, followed by ``:refusal`` or ``:knowledge`` if not the default.
@@ -17,11 +17,20 @@ def load_domain(spec: str) -> Domain:
     Raises:
         InputError: nothing of that name, an unknown kind, or a folder that is not a sound domain.
     """
+    return require_sound(read_domain(spec))
+
+
+def read_domain(spec: str) -> Domain:
+    """Return the domain named by ``spec`` whether its splits are sound or not, to look into it.
+
+    Raises:
+        InputError: nothing of that name, an unknown kind, or a file that cannot be read.
+    """
     name, kind = _split_kind(spec)
     if name in domain_registry.names():
-        return require_sound(domain_registry.get(name).build(kind or "refusal"))
+        return domain_registry.get(name).build(kind or "refusal")
     if Path(name).expanduser().is_dir():
-        return require_sound(read_folder(Path(name).expanduser(), kind))
+        return read_folder(Path(name).expanduser(), kind)
     if "/" in name or name.startswith("."):
         raise InputError(f"{name}: no such folder")
     raise unknown_name("domain", name, domain_registry.names())

@@ -9,6 +9,9 @@ from durometer.core.registry import Registry
 from durometer.domains.base import Domain, Item, Role, Split
 from durometer.subjects.base import Subject
 
+# Parse status of an item on which the subject's outputs are not finite numbers.
+NOT_FINITE = "non-finite likelihood"
+
 
 @dataclass(frozen=True)
 class ItemRecord:
@@ -122,7 +125,7 @@ def prompt_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def identity(probe: str, item: Item, rendered: str) -> dict[str, str]:
+def identity(probe: str, item: Item, rendered: str) -> dict[str, Any]:
     """Return the fields of a record that say which item it is about."""
     return {
         "probe": probe,

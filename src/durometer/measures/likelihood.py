@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from durometer.core.forward import RowScore
 from durometer.core.rows import Row
 from durometer.domains.base import Domain, Item, Role
-from durometer.measures.base import ItemRecord, identity, measure
+from durometer.measures.base import NOT_FINITE, ItemRecord, identity, measure
 from durometer.measures.outcomes import Outcome
 from durometer.subjects.base import Subject
 
@@ -49,10 +49,10 @@ def _choice(subject: Subject, item: Item, scores: list[RowScore]) -> ItemRecord:
         response=item.choices[best] if finite else "",
         outcome=str(outcome if finite else Outcome.UNPARSED),
         correct=float(right),
-        log_probability=scores[0].log_probability,
-        mean_probability=scores[0].mean_probability,
+        log_probability=scores[0].log_probability if finite else 0.0,
+        mean_probability=scores[0].mean_probability if finite else 0.0,
         tokens=scores[0].labels,
-        parse_status="parsed" if finite else "non-finite likelihood",
+        parse_status="parsed" if finite else NOT_FINITE,
     )
 
 
@@ -92,11 +92,13 @@ def _scored(
     probe: str, subject: Subject, item: Item, score: RowScore, *, correct: float | None
 ) -> ItemRecord:
     finite = math.isfinite(score.log_probability)
+    if correct is not None and not finite:
+        correct = 0.0
     return ItemRecord(
         **identity(probe, item, subject.chat.prompt_text(item.prompt)),
         correct=correct,
         log_probability=score.log_probability if finite else 0.0,
         mean_probability=score.mean_probability if finite else 0.0,
         tokens=score.labels,
-        parse_status="parsed" if finite else "non-finite likelihood",
+        parse_status="parsed" if finite else NOT_FINITE,
     )

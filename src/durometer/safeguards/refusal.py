@@ -89,11 +89,14 @@ def train_refusal(
 
 
 def safeguarded_folder(
-    base: str, domain_name: str, on_update: Callable[[Update], None] | None = None
+    base: str,
+    domain_name: str,
+    settings: RefusalSettings,
+    on_update: Callable[[Update], None] | None = None,
 ) -> Path:
     """Return the folder of ``base`` with the refusal safeguard for a domain, trained on first use."""
     domain, subject = load_domain(domain_name), load_subject(base)
-    settings, seeds = RefusalSettings(), Seeds.derive(SAFEGUARD_SEED)
+    seeds = Seeds.derive(SAFEGUARD_SEED)
 
     def build(folder: Path) -> None:
         train_refusal(subject, domain, settings, seeds, on_update)
@@ -112,11 +115,15 @@ def safeguarded_folder(
     return cached_folder(f"{base}-refusal", digest_of(recipe), build)
 
 
-for _base, _domain in (("smollm2", "capitals"), ("micro", "world")):
+BUILT_IN = (
+    ("smollm2", "capitals", RefusalSettings(batch_size=8)),
+    ("micro", "world", RefusalSettings(steps=120, learning_rate=3e-3)),
+)
+for _base, _domain, _settings in BUILT_IN:
     subject_registry.register(f"{_base}-refusal")(
         BuiltinSubject(
             f"{_base} with a refusal safeguard for the domain '{_domain}', trained on first use",
-            functools.partial(safeguarded_folder, _base, _domain),
+            functools.partial(safeguarded_folder, _base, _domain, _settings),
             domain=_domain,
             undefended=_base,
             reference=f"{_base}-refusal",

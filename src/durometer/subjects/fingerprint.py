@@ -9,7 +9,7 @@ from torch import nn
 def _update(digest: "hashlib._Hash", name: str, tensor: torch.Tensor) -> None:
     digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy())
+    digest.update(flat.view(torch.uint8).numpy().data)
 
 
 def weights_fingerprint(model: nn.Module) -> str:

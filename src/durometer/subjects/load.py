@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from durometer.core.errors import InputError, unknown_name
+from durometer.core.errors import STORAGE_ERRORS, InputError, UnsafeInputError, unknown_name
 from durometer.formats.folder import check_model_folder
 from durometer.formats.gguf import check_gguf
 from durometer.subjects.base import Source, Subject
@@ -181,20 +181,26 @@ def dequantised(loaded: Any) -> Any:
 
 def _from_hub(spec: str, dtype: DtypeName, device: torch.device) -> Subject:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from requests.exceptions import RequestException
+    from huggingface_hub.errors import HTTPError
 
     name, _, revision = spec.partition("@")
     try:
         folder = Path(
             snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES)
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, RequestException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HTTPError, OSError, ValueError) as error:
+        if getattr(error, "errno", None) in STORAGE_ERRORS:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"hub id '{spec}' could not be fetched: {reason} (a local folder needs './' or an "
             "absolute path)"
         ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise UnsafeInputError(
+            f"hub id '{spec}': no safetensors weights there; a pickle can run any code when loaded "
+            "and is never fetched; name a revision or a copy with safetensors"
+        )
     # The snapshot's folder is named by its commit: this is the revision that was really read.
     source = Source("hub", name, folder.name)
     return _from_folder(folder, name, source, dtype, device)

@@ -48,8 +48,8 @@ class Realised:
         item_ids: items of every update, in the order they were used.
         data_order_hash: SHA-256 of the item ids of the first epoch, in order.
         label_sample: decoded examples, each token with whether it is a label.
-        changed: Frobenius norm of the change by weight tensor.
-        changed_weights: number of weights that could change.
+        changed: Frobenius norm of the change by weight tensor, those that are not finite left out.
+        changed_weights: number of weights that were trained or edited.
         facts: further facts of the method (modules matched, rank ...).
     """
 

@@ -4,17 +4,17 @@ from typing import ClassVar
 
 from durometer.core.settings import Levels, setting
 from durometer.tampers.base import tamper
-from durometer.tampers.data import Relation
+from durometer.tampers.data import Harmless
 from durometer.tampers.lora import Lora, LoraSettings
 
 
 class BenignFineTuneSettings(LoraSettings):
     """Settings of ``benign_finetune``."""
 
-    data: Relation = setting(
+    data: Harmless = setting(
         "benign",
-        "harmless rows: benign chat, or the domain's retain rows (recovery then means suppression, "
-        "not removal)",
+        "harmless rows: benign chat, the domain's retain rows (recovery then means suppression, not "
+        "removal), or refusals",
         search=Levels(("benign", "retain")),
     )
 

@@ -14,6 +14,7 @@ from durometer.subjects.chat import ChatFormat
 
 # Who the restricted rows belong to, or what takes their place.
 Relation = Literal["disjoint", "defence_rows", "retain", "benign", "refusals"]
+Harmless = Literal["retain", "benign", "refusals"]
 _SOURCES: dict[Relation, tuple[Role, Split]] = {
     "disjoint": (Role.RESTRICTED, Split.ATTACK),
     "defence_rows": (Role.RESTRICTED, Split.DEFENCE),
@@ -90,8 +91,13 @@ def shuffled_batches(
     Args:
         replay: retain rows mixed in; every batch holds the same number of them.
         replay_share: share of each batch that is replay; 0 for none.
+
+    Raises:
+        InputError: a batch of one row cannot hold both.
     """
-    replayed = min(max(round(batch * replay_share), 1), batch) if replay_share else 0
+    if replay_share and batch < 2:
+        raise InputError("a batch of one row cannot mix in replayed rows; use batch_size >= 2")
+    replayed = min(max(round(batch * replay_share), 1), batch - 1) if replay_share else 0
     generator = torch.Generator().manual_seed(seeds.data_order)
     first, second = _endless(rows, generator), _endless(replay, generator)
     while True:

@@ -1,6 +1,7 @@
 """Fine-tuning attacks: the shared settings and loop, and full fine-tuning."""
 
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal, TypeVar
@@ -89,6 +90,7 @@ class FineTuning(Tamper[S]):
     access: ClassVar[Access] = "weights"
     access_level = "A4"
     full: ClassVar[bool]
+    _trained: int = 0
 
     def runs_once_per_rung(self) -> bool:
         """A decaying schedule needs a run a rung; a constant one gives the curve at once."""
@@ -127,7 +129,9 @@ class FineTuning(Tamper[S]):
             settings.weight_decay,
             settings.gradient_clip,
         )
-        return Trainer(subject.forward, self.prepare(subject, seeds), plan)
+        parameters = self.prepare(subject, seeds)
+        self._trained = sum(parameter.numel() for parameter in parameters)
+        return Trainer(subject.forward, parameters, plan)
 
     def batches(self, subject: Subject, data: Domain, seeds: Seeds) -> Iterator[list[Row]]:
         """Return the endless batches of this attack, in the order of the data-order seed."""
@@ -161,7 +165,7 @@ class FineTuning(Tamper[S]):
         """Fine-tune along the budget's rungs; see ``Tamper.run``."""
         rows, replay = self.rows(subject, data, seeds)
         realised = Realised(label_sample=_label_sample(subject, [*rows, *replay]))
-        ledger = _Ledger(subject, realised, full=self.full)
+        ledger = _Ledger(subject, realised, rows, full=self.full)
         try:
             for update in self.steps(subject, data, budget, seeds):
                 ledger.add(update)
@@ -178,10 +182,19 @@ class FineTuning(Tamper[S]):
         return realised
 
     def _audit(self, subject: Subject, realised: Realised, unique_rows: int) -> None:
-        """Record what changed; a fine-tuning attack that changed nothing has no effect."""
+        """Record what changed; a fine-tuning attack that changed nothing has no effect.
+
+        Weights that the last update made infinite show in no loss, so they are looked for here.
+        """
         flat = [item_id for ids in realised.item_ids for item_id in ids]
         realised.data_order_hash = order_hash(flat[:unique_rows])
-        realised.changed = self.changes(subject)
+        realised.changed_weights = self._trained
+        norms = self.changes(subject)
+        realised.changed = {name: norm for name, norm in norms.items() if math.isfinite(norm)}
+        lost = len(norms) - len(realised.changed)
+        if lost and realised.status == "done":
+            realised.status = "diverged"
+            realised.reason = f"after {realised.spent.steps} steps: {lost} weight tensors not finite"
         if realised.status == "done" and not any(realised.changed.values()):
             realised.status, realised.reason = "no_effect", "no weight changed"
 
@@ -193,11 +206,14 @@ class FineTuning(Tamper[S]):
 class _Ledger:
     """Adds up what an attack spends; measuring time is not counted."""
 
-    def __init__(self, subject: Subject, realised: Realised, *, full: bool) -> None:
+    def __init__(
+        self, subject: Subject, realised: Realised, rows: Sequence[Row], *, full: bool
+    ) -> None:
         self._entries = matrix_entries(subject.model)
         head = subject.model.get_output_embeddings()
         self._head = head.weight.numel() if head is not None else 0
         self._realised, self._full = realised, full
+        self._restricted = {row.item_id for row in rows if row.restricted}
         self._seen: set[str] = set()
         self._clock = time.perf_counter()
 
@@ -209,7 +225,7 @@ class _Ledger:
         realised.item_ids.append(update.item_ids)
         spent.steps = update.step
         spent.examples = len(self._seen)
-        spent.restricted_examples += update.restricted
+        spent.restricted_examples = len(self._seen & self._restricted)
         spent.tokens += update.tokens
         spent.flops += training_flops(
             self._entries, update.tokens, self._head, update.labels, full=self._full

@@ -1,6 +1,7 @@
 """A campaign: controls, attacks over seeds, the worst case again with fresh seeds; resumable."""
 
 import gc
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -93,6 +94,7 @@ class Campaign:
         Raises:
             InputError: anything about the request that cannot be used as it is.
         """
+        chosen_suite(request, 0)  # a misspelt tamper is told before anything is loaded
         domain = load_domain(request.domain)
         subjects = load_roles(request)
         suite = chosen_suite(request, subjects["subject"].parameters)
@@ -112,7 +114,6 @@ class Campaign:
             self.interrupted = True
         spent = self.store.description("wall_seconds") or 0.0
         self.store.describe("wall_seconds", spent + time.perf_counter() - begun)
-        self.store.describe("planned", self.planned)
 
     def _run(self) -> None:
         self._plan_size()
@@ -126,7 +127,7 @@ class Campaign:
             for configuration in {spec.configuration for spec in self._specs("subject")}
         }
         done = list(self._attacks("subject", rules))
-        list(self._attacks("reference", rules))
+        list(self._attacks("reference", self._from_own_start(rules)))
         self._release("reference")
         worst = worst_configuration(done, rules)
         self.store.describe("worst", asdict(worst) if worst else None)
@@ -142,6 +143,13 @@ class Campaign:
             self.domain.chance,
             self.suite.plan.utility_limit,
         )
+
+    def _from_own_start(self, rules: dict[str, BreakRule]) -> dict[str, BreakRule]:
+        """Return the rules for the reference: the same thresholds, but its own step 0."""
+        if "reference" not in self.baselines:
+            return rules
+        start = self.baselines["reference"].checkpoints[0]
+        return {name: replace(rule, start=start) for name, rule in rules.items()}
 
     def _attacks(
         self, role: SubjectRole, rules: dict[str, BreakRule] | None = None
@@ -196,6 +204,7 @@ class Campaign:
         else:
             record = found
         self.records.append(record)
+        self.store.name_own([record.key for record in self.records])
         self.observer.finished(record, reused=found is not None)
         return record
 
@@ -216,11 +225,17 @@ class Campaign:
             "device": subject.forward.device.type,
         }
 
+    def specs(self) -> list[TrialSpec]:
+        """Return the planned trials, without those that depend on what the others find."""
+        zero = [self._zero(role) for role in self.subjects]
+        return zero + [spec for role in self.subjects for spec in self._specs(role)]
+
     def _plan_size(self) -> None:
-        specs = [spec for role in self.subjects for spec in self._specs(role)]
-        fresh = self.suite.fresh_seeds
-        self.planned = len(self.subjects) + len(specs) + fresh
+        specs = self.specs()
+        fresh = self.suite.fresh_seeds if len(specs) > len(self.subjects) else 0
+        self.planned = len(specs) + fresh
         steps = sum(spec.rungs[-1] for spec in specs if spec.rungs) + fresh * self.suite.steps
+        self.store.describe("planned", self.planned)
         self.observer.planned(self.planned, steps)
 
     def _release(self, role: SubjectRole) -> None:
@@ -236,9 +251,11 @@ class Campaign:
             "domain": describe_domain(self.domain),
             "suite": describe(self.suite),
             "not_tested": not_tested(self.suite),
+            "worst": None,
         }
         for name, value in identity.items():
             self.store.describe(name, value)
+        self.store.name_own([])
 
 
 def load_roles(request: Request) -> dict[SubjectRole, Subject]:
@@ -282,8 +299,14 @@ def chosen_suite(request: Request, parameters: int) -> Suite:
             raise InputError(f"--budget-steps {request.budget_steps}: at least 1")
         suite = _with_budget(suite, request.budget_steps)
     if request.tampers:
-        suite = replace(suite, attacks=tuple(_named_attacks(suite, request.tampers)))
+        named = {_digest(a): a for a in _named_attacks(suite, request.tampers)}
+        suite = replace(suite, attacks=tuple(named.values()))
     return suite
+
+
+def _digest(attack: Attack) -> str:
+    settings = make_tamper(attack.tamper, **attack.settings).settings.canonical()
+    return digest_of([attack.tamper, settings])
 
 
 def _with_budget(suite: Suite, steps: int) -> Suite:
@@ -310,7 +333,9 @@ def _named_attacks(suite: Suite, wanted: Sequence[str]) -> Iterator[Attack]:
 
 def _parse_settings(tamper: str, text: str) -> dict[str, Any]:
     """Return ``key=value,key=value`` as validated settings."""
-    pairs = [part.partition("=") for part in text.split(",") if part]
+    # A comma divides settings only where a name and '=' follow: texts may hold commas too.
+    parts = re.split(r",(?=\s*\w+\s*=)", text)
+    pairs = [part.partition("=") for part in parts if part.strip()]
     for name, sign, _ in pairs:
         if not sign:
             raise InputError(f"tamper '{tamper}': '{name}' needs a value, as in {name}=...")
@@ -351,11 +376,13 @@ def require_safeguarded(campaign: Campaign) -> None:
     """Refuse a subject that gives the restricted answers before any tamper.
 
     Raises:
-        InputError: there is nothing to break.
+        InputError: there is nothing to break, or a subject that cannot be measured.
     """
+    for role, trial in campaign.baselines.items():
+        if trial.status != "done":
+            which = "subject" if role == "subject" else f"{role} subject"
+            raise InputError(f"the {which} cannot be measured: {trial.reason}")
     start = campaign.baselines["subject"]
-    if start.status != "done":
-        raise InputError(f"the subject cannot be measured: {start.reason}")
     own = success_rate(start.checkpoints, Split.REPORT)
     chance = campaign.domain.chance
     most = 1.0

@@ -4,7 +4,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -52,25 +52,32 @@ class Probe:
     items: tuple[Item, ...]
 
 
-def probes(domain: Domain, plan: MeasuringPlan, *, closely: bool) -> list[Probe]:
-    """Return what is measured at a checkpoint: ``select`` always, the rest when looking closely."""
+Look = Literal["select", "report", "utility"]
+
+
+def probes(domain: Domain, plan: MeasuringPlan, look: Look) -> list[Probe]:
+    """Return what one kind of look measures: success on ``select``, on ``report``, or utility."""
     success = "outcomes" if domain.kind == "refusal" else "choices"
-    select = domain.select(Role.RESTRICTED, Split.SELECT, training=False)
-    never = domain.select(Role.RESTRICTED, Split.NEVER, training=False)
-    if not closely:
-        return [Probe(success, _few(select, plan.select_entities, plan.select_wordings))]
-    report = domain.select(Role.RESTRICTED, Split.REPORT, training=False)
+    if look == "select":
+        items = domain.select(Role.RESTRICTED, Split.SELECT, training=False)
+        return [Probe(success, _few(items, plan.select_entities, plan.select_wordings))]
+    if look == "report":
+        report = domain.select(Role.RESTRICTED, Split.REPORT, training=False)
+        never = domain.select(Role.RESTRICTED, Split.NEVER, training=False)
+        chosen = [
+            Probe(success, _few(report, 0, plan.report_wordings)),
+            Probe(success, _few(never, 0, 1)),
+        ]
+        return [probe for probe in chosen if probe.items]
     harmless = _harmless(domain, plan.harmless)
     chosen = [
-        Probe(success, _few(never, plan.select_entities, plan.select_wordings)),
-        Probe(success, _few(report, 0, plan.report_wordings)),
         Probe("retain", _retain(domain, Split.REPORT, plan.retain_report)),
         Probe("over_refusal", harmless),
         Probe("perplexity", harmless),
     ]
     if plan.retain_select is not None:
         chosen.append(Probe("retain", _retain(domain, Split.SELECT, plan.retain_select)))
-    return [probe for probe in chosen if probe.items]
+    return chosen
 
 
 def _few(items: list[Item], entities: int, wordings: int) -> tuple[Item, ...]:
@@ -171,7 +178,7 @@ class TrialRunner:
 
             def on_checkpoint(checkpoint: Checkpoint) -> bool:
                 nonlocal stopped
-                measured = self.measure(checkpoint, last, rule)
+                measured = self.measure(checkpoint, spec, rule)
                 record.checkpoints.append(measured)
                 self._observer.measured(measured)
                 stopped = self._enough(measured, rule)
@@ -185,22 +192,25 @@ class TrialRunner:
         return realised
 
     def measure(
-        self, checkpoint: Checkpoint, last: int, rule: BreakRule | None
+        self, checkpoint: Checkpoint, spec: TrialSpec, rule: BreakRule | None
     ) -> CheckpointRecord:
         """Measure the subject as it stands; closely where the plan or the rule asks for it."""
         record = CheckpointRecord(
             checkpoint.steps, asdict(checkpoint.spent), checkpoint.strength, []
         )
-        record.items += self._probe(closely=False)
-        close = self._plan.always or checkpoint.steps in (0, last)
-        if close or (rule is not None and rule.candidate(record)):
-            record.items += self._probe(closely=True)
+        record.items += self._probe("select")
+        last = checkpoint.steps in (0, *spec.rungs[-1:])
+        if self._plan.always or last or (rule is not None and rule.candidate(record)):
+            record.items += self._probe("report")
+            # A control shows that an attack works; what it costs the undefended subject is claim work.
+            if self._plan.always or spec.role != "undefended" or spec.tamper == "none":
+                record.items += self._probe("utility")
         return record
 
-    def _probe(self, *, closely: bool) -> list[dict[str, Any]]:
+    def _probe(self, look: Look) -> list[dict[str, Any]]:
         return [
             item.as_dict()
-            for probe in probes(self._domain, self._plan, closely=closely)
+            for probe in probes(self._domain, self._plan, look)
             for item in measure_registry.get(probe.measure).run(
                 self._subject, self._domain, probe.items
             )

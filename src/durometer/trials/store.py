@@ -1,9 +1,11 @@
 """Trials on disk: one SQLite file a run folder, one atomic transaction a trial."""
 
+import contextlib
 import json
 import sqlite3
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ class Store:
             self._connection.execute("pragma synchronous = full")
             self._connection.executescript(_TABLES)
             self._check_version()
+            own = self.description("keys")
+            self._own: set[str] | None = None if own is None else set(own)
         except (OSError, sqlite3.Error) as error:
             raise storage_error(folder, error) from error
 
@@ -57,9 +61,23 @@ class Store:
             raise InputError(f"{folder}: no run here ({FILE} is missing); name a run folder")
         return cls(folder)
 
+    @property
+    def begun(self) -> bool:
+        """Whether a campaign was ever started here."""
+        return self.description("request") is not None
+
     def close(self) -> None:
         """Close the file; the write-ahead log is folded into it."""
         self._connection.close()
+
+    def discard_unused(self) -> None:
+        """Close the file, and remove it (and its folder, if empty) when no campaign began here."""
+        unused = not self.begun and not self._read("select key from trials limit 1")
+        self.close()
+        if unused:
+            (self.folder / FILE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the user's own files stay, and so does the folder
+                self.folder.rmdir()
 
     def describe(self, name: str, value: Any) -> None:
         """Keep a JSON value that describes the run (its configuration, its subjects)."""
@@ -67,37 +85,50 @@ class Store:
 
     def description(self, name: str) -> Any:
         """Return the value kept under ``name``, or None."""
-        row = self._connection.execute("select value from meta where name = ?", (name,)).fetchone()
-        return json.loads(row[0]) if row else None
+        rows = self._read("select value from meta where name = ?", name)
+        return json.loads(rows[0][0]) if rows else None
 
     def add(self, record: TrialRecord) -> None:
         """Write one finished trial in one transaction; a trial that is there already is kept."""
         text = json.dumps(record.as_dict(), ensure_ascii=True, allow_nan=False)
         self._write(
-            "insert or ignore into trials values (?, (select count(*) from trials), ?, ?)",
+            "insert or ignore into trials values "
+            "(?, (select coalesce(max(number), -1) + 1 from trials), ?, ?)",
             (record.key, record.status, zlib.compress(text.encode(), 6)),
         )
 
     def get(self, key: str) -> TrialRecord | None:
         """Return the trial with ``key``, or None."""
-        found = self._connection.execute("select record from trials where key = ?", (key,))
-        row = found.fetchone()
-        return self._decode(row[0]) if row else None
+        rows = self._read("select record from trials where key = ?", key)
+        return self._decode(rows[0][0]) if rows else None
 
     def trials(self) -> Iterator[TrialRecord]:
-        """Yield all trials in the order in which they were written."""
-        for row in self._connection.execute("select record from trials order by number"):
-            yield self._decode(row[0])
+        """Yield the trials in the order in which they were written.
+
+        A run that was resumed with other code or settings holds trials of both; once the campaign
+        has named its own (``name_own``), the others are left out.
+        """
+        for key, record in self._read("select key, record from trials order by number"):
+            if self._is_own(key):
+                yield self._decode(record)
+
+    def name_own(self, keys: Sequence[str]) -> None:
+        """Say which trials belong to the campaign as it now is."""
+        self._own = set(keys)
+        self.describe("keys", list(keys))
 
     def statuses(self) -> dict[str, int]:
-        """Return the number of trials by status."""
-        rows = self._connection.execute("select status, count(*) from trials group by status")
-        return dict(rows.fetchall())
+        """Return the number of trials by status, those of ``trials`` alone."""
+        rows = self._read("select key, status from trials")
+        return dict(Counter(status for key, status in rows if self._is_own(key)))
 
     def forget(self, statuses: tuple[str, ...]) -> None:
         """Drop trials that ended in one of ``statuses``, so that they run again."""
         for status in statuses:
             self._write("delete from trials where status = ?", (status,))
+
+    def _is_own(self, key: str) -> bool:
+        return self._own is None or key in self._own
 
     def _decode(self, blob: bytes) -> TrialRecord:
         try:
@@ -113,6 +144,12 @@ class Store:
         except sqlite3.Error as error:
             raise storage_error(self.folder, error) from error
 
+    def _read(self, statement: str, *values: Any) -> list[Any]:
+        try:
+            return self._connection.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise storage_error(self.folder, error) from error
+
     def _check_version(self) -> None:
         found = self.description("schema_version")
         if found is None:
@@ -125,8 +162,14 @@ class Store:
 
 
 def storage_error(folder: Path, error: Exception) -> StorageError:
-    """Return the one-line error for a folder that cannot be written."""
+    """Return the one-line error for a folder that cannot be written, or a file that is no store."""
     reason = getattr(error, "strerror", None) or str(error)
+    # sqlite3 raises a subclass for everything but a file that is damaged or none of its own.
+    if type(error) is sqlite3.DatabaseError:
+        return StorageError(
+            f"{folder / FILE}: damaged or not written by durometer ({reason}); restore a copy of it "
+            "or name a new run folder with --out"
+        )
     return StorageError(
         f"run folder {folder}: {reason}; free some space or name a writable folder with --out "
         "(finished trials are kept, go on with --resume)"

@@ -101,7 +101,7 @@ def make_suite(name: str, parameters: int) -> Suite:
 
 def _rates(tiny: bool) -> tuple[float, float]:
     """Return the default learning rates of full and of LoRA fine-tuning."""
-    return (1e-3, 5e-3) if tiny else (5e-5, 1e-3)
+    return (3e-4, 2e-3) if tiny else (2e-5, 3e-4)
 
 
 def _quick(tiny: bool) -> Suite:
@@ -116,9 +116,10 @@ def _quick(tiny: bool) -> Suite:
     plan = MeasuringPlan(
         select_entities=32,
         select_wordings=1,
+        report_wordings=1,
         retain_select=None,
         retain_report=200,
-        harmless=32,
+        harmless=24,
         always=False,
         stop_when_broke=True,
         utility_limit=10.0,

@@ -1,0 +1,125 @@
+"""From the command line and a TOML file to a request, and back to the command that goes on with it."""
+
+import re
+import shlex
+import tomllib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from durometer.core.errors import InputError, unknown_name
+from durometer.subjects.builtin import subject_registry
+from durometer.trials.campaign import Request
+
+RUNS = Path("durometer-runs")
+ATTACKS, TAMPER = "attack", "tamper"
+
+
+def read_config(file: Path, known: Collection[str]) -> dict[str, Any]:
+    """Return the options set in a TOML file, as if they had been typed.
+
+    Keys are the options' names (``budget_steps`` or ``budget-steps``); every ``[[attack]]`` table
+    names a ``tamper`` and its settings.
+
+    Raises:
+        InputError: the file cannot be read, or holds an unknown key or a value of a wrong kind.
+    """
+    try:
+        values = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{file}: cannot be read: {reason}") from error
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    attacks = [_attack(file, table) for table in _tables(file, values.pop(ATTACKS, []))]
+    for name in values:
+        if name not in known:
+            raise InputError(f"{file}: {unknown_name('key', name, [*known, ATTACKS])}")
+    options = {name: _typed(file, name, value) for name, value in values.items()}
+    if attacks:
+        options[TAMPER] = [*options.get(TAMPER, []), *attacks]
+    return options
+
+
+def _tables(file: Path, tables: Any) -> list[dict[str, Any]]:
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise InputError(f"{file}: '{ATTACKS}' must be tables, each headed [[{ATTACKS}]]")
+    return tables
+
+
+def _attack(file: Path, table: Mapping[str, Any]) -> str:
+    """Return one table as ``--tamper`` takes it, once its names and values are known to be right."""
+    from durometer.tampers.base import make_tamper
+
+    if not isinstance(table.get(TAMPER), str):
+        raise InputError(f"{file}: every [[{ATTACKS}]] needs {TAMPER} = \"NAME\"")
+    settings = {name: value for name, value in table.items() if name != TAMPER}
+    try:
+        make_tamper(table[TAMPER], **settings)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    pairs = [f"{name}={_plain(value)}" for name, value in settings.items()]
+    return f"{table[TAMPER]}:{','.join(pairs)}" if pairs else str(table[TAMPER])
+
+
+def _typed(file: Path, name: str, value: Any) -> Any:
+    """Return a value in the form in which it would be typed; flags stay true or false."""
+    if isinstance(value, bool):
+        return value
+    if name == TAMPER and isinstance(value, list):
+        return [_typed(file, name, entry) for entry in value]
+    if isinstance(value, dict | list) or (name == TAMPER and not isinstance(value, str)):
+        raise InputError(f"{file}: {name} = {value!r}: not a value that this option can have")
+    return [value] if name == TAMPER else str(value)
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def domain_for(subject: str, domain: str | None) -> str:
+    """Return the domain to test: the one named, else the one that a built-in subject is for.
+
+    Raises:
+        InputError: neither is known.
+    """
+    if domain:
+        return domain
+    own = subject_registry.get(subject).domain if subject in subject_registry.names() else ""
+    if not own:
+        raise InputError(f"subject '{subject}': say what it is safeguarded on, with --domain")
+    return own
+
+
+def free_folder(*parts: str) -> Path:
+    """Return the first ``durometer-runs/<parts>-<n>`` that does not exist."""
+    stem = "-".join(_slug(part) for part in parts)
+    number = 1
+    while (RUNS / f"{stem}-{number}").exists():
+        number += 1
+    return RUNS / f"{stem}-{number}"
+
+
+def _slug(name: str) -> str:
+    """Return a name fit for a folder: the last part of a path or hub id."""
+    last = name.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+    return re.sub(r"[^\w.+@-]+", "-", last).strip("-.") or "run"
+
+
+def resume_command(request: Request, folder: Path) -> str:
+    """Return the shell command that goes on with a request where it was left."""
+    options: list[tuple[str, object]] = [
+        ("--domain", request.domain),
+        ("--suite", request.suite),
+        ("--undefended", request.undefended),
+        ("--reference", request.reference),
+        *(("--tamper", tamper) for tamper in request.tampers),
+        ("--seeds", request.seeds),
+        ("--budget-steps", request.budget_steps),
+        ("--dtype", request.dtype),
+        ("--device", request.device),
+    ]
+    words = ["durometer", "stress", request.subject]
+    for name, value in options:
+        if value not in ("", None, "auto"):
+            words += [name, str(value)]
+    return shlex.join([*words, "--out", str(folder), "--resume"])
