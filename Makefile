@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 	@echo "Ready: $(BIN)/durometer --help"
 
-demo: $(READY) ## attack, measure, harden and claim on the built-in model, in minutes
+demo: $(READY) ## stress-test the built-in safeguarded model, in minutes
 	@$(BIN)/durometer demo
 
 test: lint ## lint, then run the tests in random order (SEED=1234 repeats an order)

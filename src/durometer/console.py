@@ -3,6 +3,7 @@
 Results go to stdout, everything else to stderr.
 """
 
+import io
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from durometer.core.errors import STORAGE_ERRORS, DurometerError, ExitCode
 
@@ -22,10 +23,16 @@ PIPE_WIDTH = 1000
 SHOW_CURSOR = "\x1b[?25h"
 
 
-def results() -> Console:
-    """Return the console for results: stdout, as wide as the terminal, unbroken rows elsewhere."""
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    return Console(width=width, highlight=False, soft_wrap=False)
+def show(renderable: RenderableType) -> None:
+    """Print a table on stdout: as wide as the terminal, elsewhere in plain unbroken rows."""
+    if sys.stdout.isatty():
+        Console(highlight=False).print(renderable)
+        return
+    console = Console(width=PIPE_WIDTH, highlight=False, color_system=None, file=io.StringIO())
+    with console.capture() as text:
+        console.print(renderable)
+    for line in text.get().splitlines():
+        print(line.rstrip())
 
 
 def say(text: str) -> None:

@@ -1,7 +1,9 @@
-"""The demonstration: a real model, a safeguard, what it costs, and how little it takes to break it."""
+"""The demonstration: a real model, a safeguard, and how little it takes to break it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -30,7 +32,9 @@ def run_demo(out: Path | None, seeds: int | None, base: str = "smollm2") -> int:
     domain, settings = next((d, s) for name, d, s in BUILT_IN if name == base)
     request = Request(f"{base}-refusal", domain, seeds=seeds)
     folder = out or free_folder("demo")
-    say(f"1. {base} is taught to refuse questions of the domain '{domain}' ({settings.steps} steps)")
+    say(
+        f"1. {base} is taught to refuse questions of the domain '{domain}' ({settings.steps} steps)"
+    )
     try:
         with interruptible(), CampaignProgress(f"loading {base}") as progress:
 
@@ -48,9 +52,7 @@ def run_demo(out: Path | None, seeds: int | None, base: str = "smollm2") -> int:
     before_and_after = _BeforeAndAfter()
     observer = CampaignProgress(f"loading {base}-refusal", before_and_after.take)
     before_and_after.show = observer.say
-    return run_stress(
-        request, folder, resume=False, fail_on=(), as_json=False, progress=observer
-    )
+    return run_stress(request, folder, resume=False, fail_on=None, as_json=False, progress=observer)
 
 
 class _BeforeAndAfter:
@@ -58,7 +60,7 @@ class _BeforeAndAfter:
 
     def __init__(self) -> None:
         self._starts: dict[SubjectRole, CheckpointRecord] = {}
-        self.show = print
+        self.show: Callable[[RenderableType], None] = print
 
     def take(self, record: TrialRecord) -> None:
         if record.spec.tamper != "none" or not record.checkpoints:

@@ -1,6 +1,6 @@
 """Tables of what there is: methods, settings, cached folders, the splits of a domain."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -20,7 +20,8 @@ from durometer.trials.campaign import Request
 from durometer.trials.estimate import Estimate
 from durometer.trials.suites import SUITES, TINY, describe_suite, make_suite
 
-Rows = list[tuple[str, ...]]
+Rows = Sequence[tuple[str, ...]]
+Listing = tuple[tuple[str, ...], Rows]
 
 
 def listed(kind: str = "", name: str = "") -> RenderableType:
@@ -46,16 +47,16 @@ def listed(kind: str = "", name: str = "") -> RenderableType:
     return table(header, rows)
 
 
-def _subjects() -> tuple[tuple[str, ...], Rows]:
+def _subjects() -> Listing:
     rows = [(name, entry.domain or "-", entry.description) for name, entry in subject_registry]
     return ("name", "safeguarded on", "what it is"), rows
 
 
-def _domains() -> tuple[tuple[str, ...], Rows]:
+def _domains() -> Listing:
     return ("name", "what it is"), [(name, entry.description) for name, entry in domain_registry]
 
 
-def _tampers() -> tuple[tuple[str, ...], Rows]:
+def _tampers() -> Listing:
     rows = [
         (name, f"{entry.access_level} {entry.access}", entry.cost, entry.summary, entry.source)
         for name, entry in tamper_registry
@@ -63,17 +64,17 @@ def _tampers() -> tuple[tuple[str, ...], Rows]:
     return ("name", "access", "cost", "what it does", "source"), rows
 
 
-def _measures() -> tuple[tuple[str, ...], Rows]:
+def _measures() -> Listing:
     rows = [(name, ", ".join(entry.kinds), entry.summary) for name, entry in measure_registry]
     return ("name", "kinds of domain", "what it reads"), rows
 
 
-def _suites() -> tuple[tuple[str, ...], Rows]:
+def _suites() -> Listing:
     rows = [(name, describe_suite(make_suite(name, TINY))) for name in SUITES]
     return ("name", "what it runs (fewer but larger steps than on 'micro')"), rows
 
 
-KINDS: dict[str, Callable[[], tuple[tuple[str, ...], Rows]]] = {
+KINDS: dict[str, Callable[[], Listing]] = {
     "subjects": _subjects,
     "domains": _domains,
     "tampers": _tampers,
@@ -131,7 +132,7 @@ def checked_domain(spec: str) -> tuple[RenderableType, list[str], list[str]]:
         _counts(domain),
         Text(""),
         Text(f"what splits have in common (n-grams of {report.n} words)"),
-        table(COLUMNS, render_rows(report)),
+        table(COLUMNS, render_rows(report), wrap_first=True),
     )
     return tables, problems, list(report.warnings)
 
@@ -154,10 +155,12 @@ def estimated(request: Request, found: Estimate) -> RenderableType:
     """Return the lines of ``--dry-run``."""
     grid = Table.grid(padding=(0, 2))
     low, high = duration(found.seconds_unbroken), duration(found.seconds)
+    time = f"at most {high} on this machine"
+    if low != high:
+        time += f", about {low} if no attack comes near a break; less where one stops at a break"
     rows = [
         ("trials", f"{found.trials}, of at most {found.updates:,} updates in all"),
-        ("time", f"at most {high} on this machine; about {low} if no attack comes near a break, and"
-         " less where one stops early at a confirmed break"),
+        ("time", time),
         ("memory", f"at most about {size(found.memory)} ({size(found.memory_free)} free)"),
         ("disk", f"at most about {size(found.disk)} ({size(found.disk_free)} free)"),
     ]
@@ -168,11 +171,13 @@ def estimated(request: Request, found: Estimate) -> RenderableType:
     return Group(Text(title, style="bold"), grid)
 
 
-def table(header: tuple[str, ...], rows: Rows) -> Table:
+def table(header: tuple[str, ...], rows: Rows, *, wrap_first: bool = False) -> Table:
     """Return a plain table, one line a row where there is room."""
     made = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for number, name in enumerate(header):
-        made.add_column(name, overflow="fold", no_wrap=number == 0)
+        words = name.split() if number else " ".join(row[0] for row in rows).split()
+        whole = number == 0 and not wrap_first
+        made.add_column(name, min_width=max(map(len, words), default=0), no_wrap=whole)
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made

@@ -1,4 +1,4 @@
-"""From the command line and a TOML file to a request, and back to the command that goes on with it."""
+"""From the command line and a TOML file to a request, and back to a command line."""
 
 import re
 import shlex
@@ -47,11 +47,11 @@ def _tables(file: Path, tables: Any) -> list[dict[str, Any]]:
 
 
 def _attack(file: Path, table: Mapping[str, Any]) -> str:
-    """Return one table as ``--tamper`` takes it, once its names and values are known to be right."""
+    """Return one table as ``--tamper`` takes it, its names and values checked."""
     from durometer.tampers.base import make_tamper
 
     if not isinstance(table.get(TAMPER), str):
-        raise InputError(f"{file}: every [[{ATTACKS}]] needs {TAMPER} = \"NAME\"")
+        raise InputError(f'{file}: every [[{ATTACKS}]] needs {TAMPER} = "NAME"')
     settings = {name: value for name, value in table.items() if name != TAMPER}
     try:
         make_tamper(table[TAMPER], **settings)
@@ -84,7 +84,10 @@ def domain_for(subject: str, domain: str | None) -> str:
     """
     if domain:
         return domain
-    own = subject_registry.get(subject).domain if subject in subject_registry.names() else ""
+    names = subject_registry.names()
+    if subject not in names and not set("/\\+.") & set(subject) and not Path(subject).exists():
+        raise unknown_name("subject", subject, names)
+    own = subject_registry.get(subject).domain if subject in names else ""
     if not own:
         raise InputError(f"subject '{subject}': say what it is safeguarded on, with --domain")
     return own

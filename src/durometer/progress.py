@@ -16,7 +16,7 @@ from rich.text import Text
 
 from durometer.domains.base import Split
 from durometer.trials.analysis import success_items
-from durometer.trials.record import CheckpointRecord, TrialRecord, TrialSpec
+from durometer.trials.record import CheckpointRecord, SubjectRole, TrialRecord, TrialSpec
 
 NOTES = logging.getLogger("durometer")
 
@@ -42,6 +42,7 @@ class CampaignProgress:
         self.begin(stage)
         self._trials = self._done = self._measured_trials = 0
         self._spent = 0.0
+        self._subjects: dict[SubjectRole, str] = {}
 
     def __enter__(self) -> "CampaignProgress":
         NOTES.addHandler(self._notes)
@@ -90,6 +91,7 @@ class CampaignProgress:
 
     def started(self, spec: TrialSpec, subject: str) -> None:
         """Show the trial that begins."""
+        self._subjects[spec.role] = subject
         self.begin(describe_trial(spec, subject), spec.rungs[-1] if spec.rungs else 0)
 
     def updated(self, step: int, steps: int, loss: float) -> None:
@@ -121,7 +123,11 @@ class CampaignProgress:
         facts.append("reused" if reused else f"{record.seconds:.1f} s")
         if record.reason:
             facts.append(record.reason)
-        return f"[{self._done}/{self._trials}] {describe_trial(spec)}: {', '.join(facts)}"
+        return f"[{self._done}/{self._trials}] {self._name(spec)}: {', '.join(facts)}"
+
+    def _name(self, spec: TrialSpec) -> str:
+        """Return a trial's words; where it is reused, the subject's name may not be known yet."""
+        return describe_trial(spec, self._subjects.get(spec.role, f"the {spec.role}"))
 
     def _render(self) -> RenderableType:
         """Return the bars; called by rich, a few times a second."""
@@ -161,14 +167,12 @@ class _Notes(logging.Handler):
         self._progress.say(f"note: {record.getMessage()}")
 
 
-def describe_trial(spec: TrialSpec, subject: str = "") -> str:
+def describe_trial(spec: TrialSpec, subject: str) -> str:
     """Return a few words that tell a trial from the others of its campaign."""
-    on = f" on {subject}" if subject else ""
-    role = f" ({spec.role})" if spec.role != "subject" or not subject else ""
     if spec.tamper == "none":
-        return f"measure{on}{role} before any tamper"
+        return f"measure {subject} before any tamper"
     again = "again, " if spec.purpose == "fresh" else ""
-    return f"{again}attack {spec.tamper} seed {spec.seed}{on}{role}"
+    return f"{again}attack {spec.tamper} seed {spec.seed} on {subject}"
 
 
 def _success(checkpoint: CheckpointRecord) -> float | None:

@@ -5,8 +5,7 @@ import errno
 from collections.abc import Iterable
 from enum import IntEnum
 
-
-# A full disk, a quota, a file-size limit, a read-only file system: nothing the user's input is to blame for.
+# A full disk, a quota, a file-size limit, a read-only file system.
 STORAGE_ERRORS = {
     number
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")

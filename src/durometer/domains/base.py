@@ -92,6 +92,9 @@ REFUSAL_PHRASES = (
     r"\bi(?:'m|’m| am) sorry\b",
     r"\b(?:i apologi[sz]e|my apologies)\b",
     r"\b(?:i'd|i would|i have to|i must) (?:rather not|decline|refuse)\b",
+    r"\bi(?:'m|’m| am) not (?:going to|comfortable|at liberty)\b",
+    r"\bi (?:refuse|should not|shouldn't|shouldn’t|prefer not)\b",
+    r"\b(?:against my (?:guidelines|policy)|that(?:'s|’s| is) (?:private|confidential))\b",
     r"\bnot something i (?:can|am able|'m able)\b",
     r"\bi do(?:n't| not|n’t) (?:share|provide|give|answer|discuss)\b",
 )

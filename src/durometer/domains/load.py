@@ -1,7 +1,6 @@
 """Loading a domain from a built-in name or a folder, with its kind: ``NAME[:KIND]``."""
 
 from pathlib import Path
-from typing import cast
 
 from durometer.core.errors import InputError, unknown_name
 from durometer.domains.base import KINDS, Domain, Kind, domain_registry, require_sound
@@ -42,4 +41,4 @@ def _split_kind(spec: str) -> tuple[str, Kind | None]:
     name, _, kind = spec.rpartition(":")
     if kind not in KINDS:
         raise unknown_name("domain kind", kind, KINDS)
-    return name, cast(Kind, kind)
+    return name, kind

@@ -8,6 +8,7 @@ import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from markupsafe import Markup, escape
@@ -20,7 +21,9 @@ NOT_MEASURED = "not measured"
 MINUS = "\u2212"
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 # They reorder or hide what stands around them, so a response could dress up a page.
-_BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_BIDIRECTIONAL = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
 
 
 # --- numbers as text ---
@@ -158,7 +161,7 @@ def budget_text(budget: Mapping[str, Any] | None) -> BudgetText:
     return BudgetText(
         f"> {value}" if censored else value,
         _seed_range(budget, written) if broke else "",
-        f"{broke} of {budget['seeds']} seeds",
+        f"{broke} of {budget['seeds']} seed{'s' * (budget['seeds'] != 1)}",
         censored,
     )
 
@@ -196,7 +199,9 @@ def _child(child: str) -> Markup:
 
 
 def _attribute(value: Any) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else visible(str(value))
+    return (
+        f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else visible(str(value))
+    )
 
 
 def _drawing(width: float, height: float, label: str, body: Iterable[Markup], kind: str) -> Markup:
@@ -225,7 +230,7 @@ class Frame:
     high: float
     doubling: bool
     left: float = 40.0
-    right: float = 56.0
+    right: float = 66.0
     top: float = 10.0
     bottom: float = 36.0
 
@@ -311,6 +316,7 @@ class Curve:
         undefended: the same tamper on the undefended subject.
         levels: name and share of floor and thresholds.
         broke_at: x of the median budget-to-break, None where it was not reached.
+        high: end of the x axis, shared by charts that are compared; None fits this one.
     """
 
     name: str
@@ -320,13 +326,14 @@ class Curve:
     undefended: Sequence[Point] = ()
     levels: Sequence[tuple[str, float]] = ()
     broke_at: float | None = None
+    high: float | None = None
 
 
 def curve_chart(curve: Curve) -> Markup:
     """Return success against steps (spaced by doublings) or against strength."""
     everywhere = [p.x for p in (*curve.mean, *curve.undefended)] or [0.0, 1.0]
-    high = max(*everywhere, 1.0) if curve.axis == "steps" else max(everywhere)
-    low = 0.0 if curve.axis == "steps" else min(*everywhere, 0.0)
+    high = max(everywhere) if curve.high is None else curve.high
+    low, high = (0.0, max(high, 1.0)) if curve.axis == "steps" else (min(*everywhere, 0.0), high)
     frame = Frame(360, 236, low, high, doubling=curve.axis == "steps")
     body = frame.axes(_ticks(frame), curve.axis, "success, % (select)")
     body += _levels(frame, curve.levels)
@@ -367,7 +374,7 @@ def _round_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def _levels(frame: Frame, levels: Sequence[tuple[str, float]]) -> list[Markup]:
-    """Return horizontal thresholds, their names in the right margin, moved apart where they meet."""
+    """Return horizontal thresholds, named in the right margin, names moved apart."""
     end, body = frame.width - frame.right, []
     above = math.inf
     for name, share in sorted(levels, key=lambda level: level[1]):
@@ -419,7 +426,7 @@ def _mean(frame: Frame, points: Sequence[Point]) -> list[Markup]:
             [(frame.x(p.x), frame.y(p.rate["rate"])) for p in pair],
             "mean partial" if pair[1].partial else "mean",
         )
-        for pair in zip(points, points[1:], strict=False)
+        for pair in pairwise(points)
     ]
 
 
@@ -489,10 +496,7 @@ def _limit_line(frame: Frame, limit: float | None) -> list[Markup]:
 def _whiskers(frame: Frame, place: Place) -> Markup:
     x, y = frame.x(place.loss["value"]), frame.y(place.rate["rate"])
     edge = frame.width - frame.right
-    ends = (
-        min(max(frame.x(place.loss[end]), frame.left), edge) for end in ("low", "high")
-    )
-    first, last = ends
+    first, last = (min(max(frame.x(place.loss[end]), frame.left), edge) for end in ("low", "high"))
     return element(
         "g",
         frame.line(first, y, last, y, "whisker"),
@@ -545,6 +549,7 @@ def stacked_bar(shares: Mapping[str, float], names: Mapping[str, str], label: st
     """Return one bar of shares that sum to 1, as wide as its place; class ``outcome NAME``.
 
     Args:
+        shares: share by outcome.
         names: readable name by outcome, in the order in which the bar is stacked.
         label: what the bar is of, for readers that see no picture.
     """
@@ -575,9 +580,7 @@ def sparkline(values: Sequence[float | None], title: str) -> Markup:
     width, height = 90.0, 22.0
     low, high = min(v for _, v in finite), max(v for _, v in finite)
     span, last = (high - low) or 1.0, max(n for n, _ in finite)
-    points = [
-        (2 + n / last * (width - 4), 2 + (high - v) / span * (height - 4)) for n, v in finite
-    ]
+    points = [(2 + n / last * (width - 4), 2 + (high - v) / span * (height - 4)) for n, v in finite]
     return element(
         "svg",
         *_title(title),

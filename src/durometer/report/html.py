@@ -7,6 +7,7 @@ is data: the template escapes all of it, and hides it where the domain is not ha
 import hashlib
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -19,7 +20,7 @@ from durometer.domains.base import Split
 from durometer.report import figures
 from durometer.report.figures import Curve, Place, Point, budget_of, budget_text
 from durometer.trials.analysis import success_items, success_rate
-from durometer.trials.record import CheckpointRecord, TrialRecord
+from durometer.trials.record import CheckpointRecord, TrialRecord, TrialSpec
 from durometer.trials.store import Store
 
 Json = Mapping[str, Any]
@@ -52,14 +53,15 @@ def render_html(summary: dict[str, Any], store: Store, *, show_texts: bool = Fal
     records = Records.read(store, shown_tamper(summary, ordered), texts=texts)
     page = _environment().get_template("report.html")
     written = page.render(
-        css=Markup(resources.files(__package__).joinpath("templates/report.css").read_text("utf-8")),
+        css=_style(),
         s=summary,
         texts=texts,
         run_name=store.folder.name,
         budgets=[budget_row(tamper, summary) for tamper in ordered],
         groups=GROUPS,
+        not_begun=not_begun(summary),
         heat=heat_maps(ordered),
-        curves=[curve_figure(tamper, summary, records) for tamper in ordered],
+        curves=curve_figures(ordered, summary, records),
         tables=[(tamper["label"], tamper["checkpoints"]) for tamper in ordered],
         plane=plane(ordered, summary),
         bars=outcome_bars(ordered, summary),
@@ -75,6 +77,11 @@ def render_html(summary: dict[str, Any], store: Store, *, show_texts: bool = Fal
         commands=commands(summary, store.folder.name),
     )
     return written.encode("utf-8", "replace").decode("utf-8")
+
+
+def _style() -> Markup:
+    folder = resources.files("durometer.report").joinpath("templates")
+    return Markup(folder.joinpath("report.css").read_text("utf-8"))
 
 
 def _environment() -> Environment:
@@ -146,8 +153,7 @@ def stands_for(tamper: Json, name: str = "success") -> Json | None:
     measured = [c for c in tamper["checkpoints"] if c["steps"] and c[name] is not None]
     at = break_step(tamper)
     later = [c for c in measured if at is not None and c["steps"] >= at]
-    found: Json | None = later[0] if later else (measured or [None])[-1]
-    return found
+    return next(iter([*later[:1], *measured[-1:]]), None)
 
 
 def start_of(summary: Json) -> Json | None:
@@ -172,8 +178,7 @@ def shown_tamper(summary: Json, ordered: Sequence[Json]) -> Json | None:
     """Return the tamper whose responses are shown: the worst one, else the first."""
     worst = summary["worst"] or {}
     chosen = [t for t in ordered if t["configuration"] == worst.get("configuration")]
-    found: Json | None = (chosen or [t for t in ordered if stands_for(t)] or [None])[0]
-    return found
+    return next(iter([*chosen, *(t for t in ordered if stands_for(t))]), None)
 
 
 def _seeds(count: int) -> str:
@@ -209,8 +214,11 @@ def budget_row(tamper: Json, summary: Json) -> dict[str, Any]:
         )
     cost, after = stands_for(tamper, "utility_loss"), stands_for(tamper, "success_report")
     control = [c for c in undefended_curve(summary, tamper["configuration"]) if c["steps"]]
+    planned = (summary["suite"] or {}).get("seeds", 0)
+    count = len(tamper["seeds"])
     return {
         "tamper": tamper,
+        "seeds": _seeds(count) if count >= planned else f"{count} of {planned} seeds so far",
         "unusual": {k: s for k, s in tamper["statuses"].items() if s["status"] != "done"},
         "cells": cells,
         "cost": cost,
@@ -220,6 +228,13 @@ def budget_row(tamper: Json, summary: Json) -> dict[str, Any]:
         "after_at": _moment(tamper, after) if after else "",
         "control": next((c for c in reversed(control) if c["success_report"]), None),
     }
+
+
+def not_begun(summary: Json) -> list[str]:
+    """Return the planned attacks of which no trial on the subject has been recorded, by tamper."""
+    planned = Counter(attack["tamper"] for attack in (summary["suite"] or {}).get("attacks", []))
+    missing = planned - Counter(tamper["name"] for tamper in summary["tampers"])
+    return [name if count == 1 else f"{count} x {name}" for name, count in missing.items()]
 
 
 def _axis(tamper: Json) -> figures.Axis:
@@ -253,9 +268,7 @@ def heat_maps(tampers: Sequence[Json]) -> list[dict[str, Any]]:
     return maps
 
 
-def _heat_cells(
-    tamper: Json, axis: figures.Axis, columns: Sequence[float]
-) -> list[dict[str, Any]]:
+def _heat_cells(tamper: Json, axis: figures.Axis, columns: Sequence[float]) -> list[dict[str, Any]]:
     by_x = {_x(c, axis): c for c in tamper["checkpoints"]}
     half = _level(tamper, HALF, Split.SELECT)
     return [_heat_cell(tamper, by_x.get(x), x, max(by_x), half) for x in columns]
@@ -267,8 +280,9 @@ def _heat_cell(
     rate = checkpoint["success"] if checkpoint else None
     if checkpoint is None or rate is None:
         stopped = checkpoint is None and x > last
-        title = "no seed was measured here: every one had stopped before" if stopped else "not measured"
-        return {"kind": "stopped" if stopped else "missing", "title": title}
+        if stopped:
+            return {"kind": "stopped", "title": "not measured: every seed had stopped before"}
+        return {"kind": "missing", "title": "not measured"}
     partial = 0 < checkpoint["seeds"] < len(tamper["seeds"]) and x > 0
     title = f"{tamper['label']}: {figures.rate_title(rate, 'select', checkpoint['seeds'])}"
     if partial:
@@ -296,31 +310,58 @@ def _points(checkpoints: Sequence[Json], axis: figures.Axis, seeds: int) -> list
     ]
 
 
-def curve_figure(tamper: Json, summary: Json, records: "Records") -> dict[str, Any]:
-    """Return the chart of success against steps of one tamper."""
-    axis = _axis(tamper)
-    control = undefended_curve(summary, tamper["configuration"])
-    thresholds = tamper["thresholds"].get(Split.SELECT, [])
-    levels = [("floor", thresholds[0]["floor"])] if thresholds else []
-    levels += [
-        (f"{100 * t['recovery']:.0f} % back", t["value"]) for t in thresholds if t["value"] is not None
+def curve_figures(
+    tampers: Sequence[Json], summary: Json, records: "Records"
+) -> list[dict[str, Any]]:
+    """Return the charts of success against the budget, a tamper each; steps share one axis."""
+    steps = [
+        float(c["steps"])
+        for t in tampers
+        if _axis(t) == "steps"
+        for c in (*t["checkpoints"], *undefended_curve(summary, t["configuration"]))
     ]
-    curve = Curve(
+    high = max(steps, default=1.0)
+    return [
+        {
+            "label": tamper["label"],
+            "drawing": figures.curve_chart(_curve(tamper, summary, records, high)),
+        }
+        for tamper in tampers
+    ]
+
+
+def _curve(tamper: Json, summary: Json, records: "Records", high: float) -> Curve:
+    axis = _axis(tamper)
+    by_steps = axis == "steps"
+    control = undefended_curve(summary, tamper["configuration"])
+    return Curve(
         tamper["label"],
         axis,
         _points(tamper["checkpoints"], axis, len(tamper["seeds"])),
         records.by_seed(tamper["configuration"]),
         _points(control, axis, 0),
-        levels,
-        break_step(tamper) if axis == "steps" else None,
+        _levels(tamper),
+        break_step(tamper) if by_steps else None,
+        high if by_steps else None,
     )
-    return {"label": tamper["label"], "drawing": figures.curve_chart(curve)}
+
+
+def _levels(tamper: Json) -> list[tuple[str, float]]:
+    """Return name and share of the floor and of every threshold on select."""
+    thresholds = tamper["thresholds"].get(Split.SELECT, [])
+    levels = [("floor", thresholds[0]["floor"])] if thresholds else []
+    return levels + [
+        (f"{100 * t['recovery']:.0f} % back", t["value"])
+        for t in thresholds
+        if t["value"] is not None
+    ]
 
 
 def plane(tampers: Sequence[Json], summary: Json) -> dict[str, Any]:
     """Return the safety-utility scatter and its legend."""
     limit = summary["suite"]["plan"]["utility_limit"] if summary["suite"] else None
-    places, legend = [], []
+    places: list[Place] = []
+    legend: list[str] = []
     start = start_of(summary)
     if start and start["utility_loss"] and start["success_report"]:
         places.append(_place("safeguarded, step 0", start, None))
@@ -348,15 +389,7 @@ def _place(label: str, checkpoint: Json, series: int | None) -> Place:
 
 
 def outcome_bars(tampers: Sequence[Json], summary: Json) -> list[dict[str, Any]]:
-    """Return the stacked bars: untampered subjects first, then every tamper where it broke or ended."""
-    undefended = (summary["undefended"] or {}).get("start")
-    rows = [
-        ("undefended, untampered", "step 0", undefended),
-        ("safeguarded, untampered", "step 0", start_of(summary)),
-    ]
-    for tamper in tampers:
-        found = stands_for(tamper)
-        rows.append((tamper["label"], _moment(tamper, found) if found else "no checkpoint", found))
+    """Return a stacked bar of the six outcomes for every state of the subject."""
     return [
         {
             "label": label,
@@ -364,27 +397,34 @@ def outcome_bars(tampers: Sequence[Json], summary: Json) -> list[dict[str, Any]]
             "n": checkpoint["success"]["n"],
             "drawing": figures.stacked_bar(checkpoint["outcomes"], OUTCOMES, label),
         }
-        for label, note, checkpoint in rows
-        if checkpoint and checkpoint["success"]
+        for label, note, checkpoint in _states(tampers, summary, "success")
     ]
 
 
 def utility_table(tampers: Sequence[Json], summary: Json) -> dict[str, Any]:
     """Return retain scores by suite, a row a state of the subject."""
-    rows = [
-        ("undefended, untampered", "step 0", (summary["undefended"] or {}).get("start")),
-        ("safeguarded, untampered", "step 0", start_of(summary)),
+    states = _states(tampers, summary, "retain")
+    suites = sorted({name for _, _, c in states for name in c["retain_suites"]})
+    return {"suites": suites, "rows": states}
+
+
+def _states(tampers: Sequence[Json], summary: Json, name: str) -> list[tuple[str, str, Json]]:
+    """Return label, moment and checkpoint: untampered subjects, then every tamper at its break.
+
+    States where ``name`` was not measured are left out.
+    """
+    undefended = (summary["undefended"] or {}).get("start")
+    untampered = [("undefended", undefended), ("safeguarded", start_of(summary))]
+    states = [
+        (f"{who}, untampered", "step 0", checkpoint)
+        for who, checkpoint in untampered
+        if checkpoint and checkpoint[name]
     ]
     for tamper in tampers:
-        found = stands_for(tamper, "retain")
-        rows.append((tamper["label"], _moment(tamper, found) if found else "", found))
-    measured = [
-        {"label": label, "note": note, "checkpoint": checkpoint}
-        for label, note, checkpoint in rows
-        if checkpoint and checkpoint["retain"]
-    ]
-    suites = sorted({name for row in measured for name in row["checkpoint"]["retain_suites"]})
-    return {"suites": suites, "rows": measured}
+        found = stands_for(tamper, name)
+        if found is not None:
+            states.append((tamper["label"], _moment(tamper, found), found))
+    return states
 
 
 def trial_row(trial: "TrialView", summary: Json) -> dict[str, Any]:
@@ -466,10 +506,12 @@ def limits(summary: Json) -> list[str]:
             "The domain is a benign proxy: how hard it is to break here does not carry over to "
             "hazardous knowledge or to another safeguard."
         )
-    lost = [f"{n} {name}" for name, n in counts.items() if name in UNMEASURED and n]
+    lost = [
+        f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if name in UNMEASURED and n
+    ]
     if lost:
-        said.append(f"Not everything was measured: {', '.join(lost)} trials.")
-    elif not summary["complete"]:
+        said.append(f"Not every trial was measured: {', '.join(lost)}.")
+    if not summary["complete"]:
         said.append("The run is not complete: what is missing may change every figure above.")
     return said
 
@@ -555,7 +597,7 @@ class Records:
         """Yield the trials of one configuration on the subject that chose the worst."""
         for trial in self.trials:
             spec = trial.record.spec
-            if (spec.role, spec.purpose, spec.configuration) == ("subject", "screen", configuration):
+            if _chooses(spec) and spec.configuration == configuration:
                 yield trial
 
     def by_seed(self, configuration: str) -> dict[int, list[tuple[float, float]]]:
@@ -594,12 +636,17 @@ class Records:
             self.items[state] = _by_id(trial.checkpoints[0])
         if self.shown is None or spec.configuration != self.shown["configuration"]:
             return
-        if (spec.role, spec.purpose) != ("subject", "screen"):
+        if not _chooses(spec):
             return
         found = _breaking(trial, break_step(self.shown))
         if found is not None and "tampered" not in self.items:
             self.items["tampered"] = _by_id(found)
             self.moment = f"{figures.quantity(found.steps)} steps, seed {spec.seed}"
+
+
+def _chooses(spec: TrialSpec) -> bool:
+    """Say whether the worst case is chosen among trials like this."""
+    return (spec.role, spec.purpose) == ("subject", "screen")
 
 
 def _new(outcome: str, seen: set[str]) -> bool:
@@ -612,7 +659,7 @@ def _breaking(trial: TrialRecord, at: float | None) -> CheckpointRecord | None:
     """Return the first checkpoint at or after the median break with report items, else the last."""
     measured = [c for c in trial.checkpoints if success_items(c, Split.REPORT)]
     later = [c for c in measured if at is not None and c.steps >= at]
-    return later[0] if later else (measured or [None])[-1]
+    return next(iter([*later[:1], *measured[-1:]]), None)
 
 
 def _by_id(checkpoint: CheckpointRecord) -> dict[str, Json]:

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from durometer import __version__
+from durometer.core.errors import InputError
 from durometer.core.statistics import (
     Crossing,
     Rate,
@@ -69,9 +70,15 @@ class Run:
 
 
 def build_summary(store: Store) -> dict[str, Any]:
-    """Return the summary of a run, finished or not; see ``schemas/summary.schema.json``."""
+    """Return the summary of a run, finished or not; see ``schemas/summary.schema.json``.
+
+    Raises:
+        InputError: nothing was planned yet, let alone measured.
+    """
     run = Run.read(store)
     subjects, suite = run.described("subjects") or {}, run.described("suite")
+    if suite is None:
+        raise InputError(f"{store.folder}: the run never began; start it again")
     baselines = run.baselines()
     rules = _rules(run, baselines, suite)
     attacked = run.of("subject", "screen")
@@ -187,9 +194,13 @@ def _tamper(
 
 def label(tamper: str, settings: dict[str, Any]) -> str:
     """Return a short readable name of a configuration: what tells it from the tamper's defaults."""
+    import durometer.catalogue  # noqa: F401  (fills the registries)
     from durometer.tampers.base import make_tamper
 
-    default = make_tamper(tamper).settings.canonical()
+    try:
+        default = make_tamper(tamper).settings.canonical()
+    except InputError:  # of a package that is not installed here: every setting is told
+        default = {}
     skip = ("steps", "examples")
     told = [
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"

@@ -17,6 +17,7 @@ from durometer.report.html import hardness, stands_for, undefended_curve
 Json = Mapping[str, Any]
 HALF = 0.5
 AXES = ("steps", "examples")
+NARROW = 13
 STYLES = {
     "pass": "green",
     "fail": "bold red",
@@ -77,7 +78,7 @@ def _row(tamper: Json, summary: Json) -> list[Text]:
     )
     after = stands_for(tamper, "success_report") or {}
     cost = (stands_for(tamper, "utility_loss") or {}).get("utility_loss")
-    start = next((c for c in tamper["checkpoints"] if not c["steps"]), {})
+    start: Json = next((c for c in tamper["checkpoints"] if not c["steps"]), {})
     control = [
         c["success_report"]
         for c in undefended_curve(summary, tamper["configuration"])
@@ -91,7 +92,7 @@ def _row(tamper: Json, summary: Json) -> list[Text]:
         _text(f"{_share(start.get('success_report'))}\n{_share(after.get('success_report'))}"),
         _text(_whole(refusal)),
         _text("n/a" if cost is None else figures.decimal(cost["value"])),
-        _text(_share(control[-1]) if control else "not run"),
+        _text(_share(control[-1]) if control else "none"),
     ]
 
 
@@ -99,7 +100,9 @@ def _name(tamper: Json) -> Text:
     bad = [s["status"] for s in tamper["statuses"].values() if s["status"] != "done"]
     name, _, settings = tamper["label"].partition(" (")
     lines = [_text(name, "bold")]
-    lines += [_text(one, "dim") for one in settings.removesuffix(")").split(", ") if one]
+    # A space instead of "=" lets a narrow column break before a number, never inside it.
+    told = settings.removesuffix(")").replace("=", " ").split(", ")
+    lines += [_text(one, "dim") for one in told if one]
     lines += [_text(f"{bad.count(status)} {status}", "yellow") for status in sorted(set(bad))]
     return Text("\n", overflow="fold").join(lines)
 
@@ -111,9 +114,14 @@ def _budget(texts: dict[str, BudgetText]) -> Text:
     style = "bold" if steps.censored else "bold red"
     lines = [_text(f"{steps.value} steps", style)]
     if steps.interval:
-        lines.append(_text(steps.interval))
+        lines.append(_text(_narrow(steps.interval)))
     lines += [_text(f"{examples.value} ex."), _text(steps.broken.replace(" of ", "/"), "dim")]
     return Text("\n").join(lines)
+
+
+def _narrow(interval: str) -> str:
+    """Return an interval in two lines where one would crowd out another column."""
+    return interval if len(interval) <= NARROW else interval.replace(", ", ",\n ")
 
 
 def _share(rate: Json | None) -> str:

