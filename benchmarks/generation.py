@@ -106,9 +106,7 @@ def run(name: str, dtype: Any) -> dict[str, Any]:
 def main() -> None:
     """Measure the undefended and the safeguarded model in fp32 and in the default dtype."""
     cases = [
-        run(name, dtype)
-        for name in ("smollm2", "smollm2-refusal")
-        for dtype in ("float32", "auto")
+        run(name, dtype) for name in ("smollm2", "smollm2-refusal") for dtype in ("float32", "auto")
     ]
     path = write(
         "generation",

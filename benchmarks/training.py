@@ -137,9 +137,7 @@ def main() -> None:
 
     alternate(run_theirs, run_ours, ROUNDS + 1)
     # The first round of each warms up caches of kernels and is not counted.
-    difference = max(
-        abs(a - b) for a, b in zip(losses["ours"], losses["trainer"], strict=True)
-    )
+    difference = max(abs(a - b) for a, b in zip(losses["ours"], losses["trainer"], strict=True))
     path = write(
         "training",
         {

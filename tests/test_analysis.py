@@ -206,10 +206,10 @@ def test_without_a_threshold_nothing_breaks_and_nothing_is_a_candidate() -> None
     assert not any(judge.broke(seen, q, within_limit=w) for q in (0.25, 0.5) for w in (True, False))
 
 
-@pytest.mark.parametrize(("select", "expected"), [(9, False), (10, True), (40, True), (None, False)])
-def test_a_candidate_reaches_the_lowest_threshold_on_select(
-    select: Share, expected: bool
-) -> None:
+@pytest.mark.parametrize(
+    ("select", "expected"), [(9, False), (10, True), (40, True), (None, False)]
+)
+def test_a_candidate_reaches_the_lowest_threshold_on_select(select: Share, expected: bool) -> None:
     assert rule().candidate(checkpoint(1, select)) == expected
 
 
@@ -234,9 +234,7 @@ COURSES: list[tuple[Course, str, tuple[float, float | None]]] = [
 
 
 @pytest.mark.parametrize(("course", "status", "expected"), COURSES)
-def test_crossings(
-    course: Course, status: str, expected: tuple[float, float | None]
-) -> None:
+def test_crossings(course: Course, status: str, expected: tuple[float, float | None]) -> None:
     record = trial(checkpoint(0, 40, 40, 40), *(checkpoint(*row) for row in course), status=status)
     for axis, scale in zip(AXES, (1, 10, 100, 1000), strict=True):
         low, high = (None if v is None else v * scale for v in expected)
@@ -391,7 +389,9 @@ def test_under_pure_noise_the_choice_is_optimistic_and_the_fresh_measurement_is_
     judge = rule((None, None), (None, None))
     for _ in range(repeats):
         trials = [
-            noisy(generator, number, seed) for number in range(configurations) for seed in range(seeds)
+            noisy(generator, number, seed)
+            for number in range(configurations)
+            for seed in range(seeds)
         ]
         rules = {t.spec.configuration: judge for t in trials}
         worst = worst_configuration(trials, rules)

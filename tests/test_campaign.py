@@ -20,26 +20,11 @@ from durometer.tampers.finetune import FineTuning
 from durometer.trials import campaign as campaign_module
 from durometer.trials import runner as runner_module
 from durometer.trials.analysis import success_rate
-from durometer.trials.campaign import (
-    FIRST_SEED,
-    Campaign,
-    Request,
-    chosen_suite,
-    load_roles,
-    worst_configuration,
-)
+from durometer.trials.campaign import Campaign, Request, load_roles, worst_configuration
 from durometer.trials.record import TrialRecord, TrialSpec
 from durometer.trials.runner import TrialRunner
 from durometer.trials.store import Store
-from durometer.trials.suites import (
-    SUITES,
-    Attack,
-    MeasuringPlan,
-    Suite,
-    dense_ladder,
-    doubling_ladder,
-    make_suite,
-)
+from durometer.trials.suites import Attack, MeasuringPlan, Suite
 
 COMMON = {"steps": 8, "examples": 24}
 LORA = Attack("lora", {"learning_rate": 1e-2, "rank": 8, **COMMON})
@@ -278,13 +263,6 @@ def test_the_worst_runs_again_with_seeds_that_had_no_part_in_it(complete: Campai
     assert summary["configurations_tried"] == 3
 
 
-@pytest.mark.parametrize("name", SUITES)
-def test_no_suite_has_so_many_seeds_that_they_meet_the_fresh_ones(name: str) -> None:
-    for parameters in (1_000, 10**9):
-        suite = make_suite(name, parameters)
-        assert FIRST_SEED["screen"] + max(suite.seeds, suite.control_seeds) < FIRST_SEED["fresh"]
-
-
 # Resuming
 
 
@@ -415,7 +393,9 @@ def test_a_key_changes_with_all_that_shapes_a_result(
     plan = PLAN.model_copy(update={"utility_limit": 7.0})
     must_differ(made=replace(same, suite=replace(SUITE, plan=plan)))
     item = replace(same.domain.items[0], prompt="what is the metal of e47 ?")
-    must_differ(made=replace(same, domain=replace(same.domain, items=(item, *same.domain.items[1:]))))
+    must_differ(
+        made=replace(same, domain=replace(same.domain, items=(item, *same.domain.items[1:])))
+    )
     rules = replace(same.domain.rules, refusal_phrases=())
     must_differ(made=replace(same, domain=replace(same.domain, rules=rules)))
     changed = tiny_world.safeguarded()
@@ -530,75 +510,6 @@ def test_the_plan_says_what_is_measured(kind: Any) -> None:
         assert len(near.probe("retain", "report")) == 5
         roles = {item.id: item.role for item in domain.items}
         assert {roles[i["item_id"]] for i in near.probe("over_refusal")} == {Role.BENIGN}
-
-
-# Suites and requests
-
-
-@pytest.mark.parametrize("name", SUITES)
-@pytest.mark.parametrize("parameters", [1_000, 10**9])
-def test_suites_hold_sound_attacks_each_once(name: str, parameters: int) -> None:
-    suite = make_suite(name, parameters)
-    digests = [campaign_module._digest(attack) for attack in suite.attacks]
-    assert len(set(digests)) == len(digests)
-    assert suite.claim_grade == (name == "full")
-    assert suite.seeds >= (6 if suite.claim_grade else 3)
-    assert all(attack.settings["steps"] <= suite.steps for attack in suite.attacks)
-    assert not any(
-        attack.settings.get("batch_size", 8) < 2
-        for attack in suite.attacks
-        if attack.settings.get("retain_share")
-    )
-
-
-@pytest.mark.parametrize("steps", [0, 1, 2, 5, 8, 16, 17, 20, 64, 1000])
-def test_ladders_rise_to_the_last_step(steps: int) -> None:
-    for ladder in (doubling_ladder(steps), dense_ladder(steps)):
-        assert list(ladder) == sorted(set(ladder))
-        assert ladder[-1:] == ((steps,) if steps else ())
-        assert not ladder or ladder[0] == 1
-    dense = dense_ladder(steps)
-    assert dense[:16] == tuple(range(1, min(steps, 16) + 1))
-    assert all(b / a <= 1.25 for a, b in zip(dense[15:], dense[16:], strict=False))
-    assert all(b <= 2 * a for a, b in zip(doubling_ladder(steps), doubling_ladder(steps)[1:], strict=False))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"suite": "quik"}, "did you mean 'quick'"),
-        ({"seeds": 0}, "--seeds 0"),
-        ({"budget_steps": 0}, "--budget-steps 0"),
-        ({"tampers": ("lorra",)}, "did you mean 'lora'"),
-        ({"tampers": ("lora:rnk=3",)}, "did you mean 'rank'"),
-        ({"tampers": ("lora:rank",)}, "needs a value"),
-        ({"tampers": ("lora:rank=many",)}, "rank"),
-        ({"tampers": ("lora:rank=0",)}, "rank"),
-    ],
-)
-def test_a_wrong_request_is_one_line(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message) as caught:
-        chosen_suite(Request("x", "y", **changes), 1_000)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_request_overrides_the_suite() -> None:
-    suite = chosen_suite(Request("x", "y", seeds=7, budget_steps=3), 1_000)
-    assert (suite.seeds, suite.steps) == (7, 3)
-    assert {attack.settings["steps"] for attack in suite.attacks} == {3}
-    own = make_suite("quick", 1_000)
-    suite = chosen_suite(Request("x", "y", tampers=("ft-lora",)), 1_000)
-    assert suite.attacks == tuple(a for a in own.attacks if a.tamper == "lora")
-    spelled = Request("x", "y", tampers=("lora:rank=3,learning_rate=1e-3", "finetune", "none"))
-    first, second = chosen_suite(spelled, 1_000).attacks
-    assert (first.settings["rank"], first.settings["learning_rate"]) == (3, 1e-3)
-    assert second.tamper == "finetune"
-
-
-def test_an_attack_named_twice_runs_once() -> None:
-    request = Request("x", "y", tampers=("lora", "ft-lora", "lora:rank=16", "lora:rank=3"))
-    attacks = chosen_suite(request, 1_000).attacks
-    assert [attack.settings.get("rank", 16) for attack in attacks] == [16, 3]
 
 
 def test_the_outputs_of_a_whole_campaign_follow_their_schemas(complete: Campaign) -> None:

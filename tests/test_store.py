@@ -1,5 +1,6 @@
 """Trials on disk: written whole, once, and never read as something that they are not."""
 
+import collections
 import json
 import shutil
 import signal
@@ -52,7 +53,9 @@ def test_another_process_reads_what_was_written(store: Store) -> None:
     assert [record.spec.seed for record in again.trials()] == [3, 1, 2]
     assert again.description("suite") == {"name": "full"}
     assert again.description("nothing") is None
-    assert sorted(path.name for path in store.folder.iterdir() if path.suffix == ".sqlite") == [FILE]
+    assert sorted(path.name for path in store.folder.iterdir() if path.suffix == ".sqlite") == [
+        FILE
+    ]
 
 
 def test_a_key_is_written_once(store: Store) -> None:
@@ -184,8 +187,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(store: Store) -> None:
     pages = store._connection.execute("pragma page_count").fetchone()[0]
     store._connection.execute(f"pragma max_page_count = {pages}")
     with pytest.raises(DurometerError, match="full"):
-        for seed in range(2, 200):
-            store.add(example(seed))
+        collections.deque(map(store.add, map(example, range(2, 200))))
     assert example() in list(store.trials())
 
 

@@ -104,7 +104,7 @@ def tell(record: TrialRecord, steps: int = 4) -> TrialRecord:
 
 
 def attack(seed: int, *course: Any, **changes: Any) -> TrialRecord:
-    """Return a trial of the tested configuration; a course gives select, report and retain by step."""
+    """Return a trial of the tested configuration; a course is select, report, retain by step."""
     made = [checkpoint(steps, *row) for steps, row in zip((1, 2, 4), course, strict=False)]
     return tell(trial(*made, seed=seed, **({"rank": 4} | changes)))
 
@@ -477,9 +477,7 @@ def test_perplexity_is_that_of_all_tokens_and_of_finite_ones_only(tmp_path: Path
     (_, seen) = as_json(stored(tmp_path / "b", [*controls(), broken]))["tampers"][0]["checkpoints"]
     assert seen["perplexity"] is None
     huge = attack(1, (0, 0, 40))
-    huge.checkpoints[0].items += records.items(
-        "perplexity", "report", (0, 2), log_probability=-1e6
-    )
+    huge.checkpoints[0].items += records.items("perplexity", "report", (0, 2), log_probability=-1e6)
     (_, seen) = as_json(stored(tmp_path / "c", [*controls(), huge]))["tampers"][0]["checkpoints"]
     assert seen["perplexity"] > 1e300
 
@@ -502,7 +500,11 @@ def test_the_worst_is_reported_with_fresh_seeds_only(tmp_path: Path) -> None:
     }
     trials = [*controls(), *screen, *other, *fresh, failed]
     told = as_json(stored(tmp_path, trials, worst=worst))["worst"]
-    assert (told["select"], told["report"]["rate"], told["fresh_select"]["rate"]) == (0.9, 0.25, 0.5)
+    assert (told["select"], told["report"]["rate"], told["fresh_select"]["rate"]) == (
+        0.9,
+        0.25,
+        0.5,
+    )
     assert told["optimism_gap"] == pytest.approx(0.4)
     assert told["fresh_seeds"] == [1001, 1002]
     assert told["configurations_tried"] == 2
@@ -608,8 +610,10 @@ def test_rates_can_be_computed_from_the_lines(tmp_path: Path) -> None:
         values = [
             line["correct"]
             for line in lines
-            if (line["configuration"], line["role"], line["purpose"]) == (configuration, "subject", "screen")
-            and (line["steps"], line["probe"], line["split"]) == (seen["steps"], "outcomes", "select")
+            if (line["configuration"], line["role"], line["purpose"])
+            == (configuration, "subject", "screen")
+            and (line["steps"], line["probe"], line["split"])
+            == (seen["steps"], "outcomes", "select")
         ]
         assert sum(values) / len(values) == pytest.approx(seen["success"]["rate"])
 

@@ -1,4 +1,4 @@
-"""Invariants of every registered tamper, on tiny models of every architecture family that they meet."""
+"""Invariants of every registered tamper, on tiny models of all architectures that they meet."""
 
 import copy
 import itertools
@@ -127,6 +127,13 @@ def attack(
     return Attack(realised, checkpoints, logits, effective, before, updates)
 
 
+def attack_or_refusal(subject: Subject, tamper: Tamper[Any]) -> tuple[Attack | None, str]:
+    try:
+        return attack(subject, tamper), ""
+    except NotApplicableError as error:
+        return None, str(error)
+
+
 @pytest.fixture
 def subject(make_model: MakeModel) -> Subject:
     return tiny_world.as_subject(make_model("Llama"))
@@ -171,10 +178,9 @@ def test_it_runs_or_refuses_with_a_reason_and_restores(
     before, seen = weights_fingerprint(model), look(subject)
     modules = [(n, type(m)) for n, m in model.named_modules()]
     tamper = short(name)
-    try:
-        result = attack(subject, tamper)
-    except NotApplicableError as error:
-        assert len(str(error)) > 10
+    result, refusal = attack_or_refusal(subject, tamper)
+    if result is None:
+        assert len(refusal) > 10
     else:
         assert result.realised.status == "done", result.realised.reason
         assert result.realised.reason == ""
@@ -195,12 +201,8 @@ def test_a_rehearsal_on_fused_experts_runs_or_refuses(make_model: MakeModel, nam
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     subject = tiny_world.as_subject(make_model("Qwen3Moe", head_dim=8, **experts))
     before = weights_fingerprint(subject.model)
-    try:
-        result = attack(subject, short(name))
-    except NotApplicableError as error:
-        assert "expert" in str(error)
-    else:
-        assert result.realised.status == "done"
+    result, refusal = attack_or_refusal(subject, short(name))
+    assert "expert" in refusal if result is None else result.realised.status == "done"
     assert weights_fingerprint(subject.model) == before
 
 
@@ -525,7 +527,9 @@ ALLOWED: dict[str, tuple[str, str]] = {
 RELATIONS = [
     (name, relation)
     for name in TRAINING
-    for relation in get_args(tamper_registry.get(name).settings_class.model_fields["data"].annotation)
+    for relation in get_args(
+        tamper_registry.get(name).settings_class.model_fields["data"].annotation
+    )
 ]
 
 
@@ -734,7 +738,9 @@ def test_attention_and_mlp_are_all_there_is(make_model: MakeModel, architecture:
     assert sorted(attention + mlp) == sorted(every)
     assert attention
     assert mlp
-    head = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+    head = {
+        name for name, module in model.named_modules() if module is model.get_output_embeddings()
+    }
     linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert set(every) == linear - head
 

@@ -72,7 +72,7 @@ def run_stress(
     progress: CampaignProgress | None = None,
 ) -> int:
     """Carry out a campaign with its progress on stderr, and print what it found."""
-    progress = progress or CampaignProgress(f"loading {request.subject} (made on first use)")
+    progress = progress or CampaignProgress(f"loading {request.subject}")
     try:
         with interruptible():
             with progress:

@@ -1,0 +1,1 @@
+"""Training, generation, edits, budgets, seeds, statistics: what everything else stands on."""

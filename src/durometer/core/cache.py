@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from durometer.core.errors import StorageError
 
 
@@ -61,7 +63,7 @@ def cached_folder(name: str, digest: str, build: Callable[[Path], None]) -> Path
     try:
         build(work)
         work.rename(final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if not final.is_dir():
             raise _unwritable(final.parent, error) from error
     finally:
@@ -88,8 +90,9 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _unwritable(folder: Path, error: OSError) -> StorageError:
+def _unwritable(folder: Path, error: OSError | SafetensorError) -> StorageError:
+    reason = getattr(error, "strerror", None) or error
     return StorageError(
-        f"cache folder {folder}: {error.strerror or error}; free some space or name another folder "
+        f"cache folder {folder}: {reason}; free some space or name another folder "
         "in DUROMETER_CACHE"
     )

@@ -202,4 +202,3 @@ def _average(result: Generated) -> None:
     if count:
         result.mean_probability /= count
         result.top_entropy /= count
-

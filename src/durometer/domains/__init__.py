@@ -1,0 +1,1 @@
+"""What is safeguarded: items, splits, answer rules."""

@@ -208,7 +208,9 @@ def require_sound(domain: Domain) -> Domain:
     return domain
 
 
-_NEEDED = tuple((Role.RESTRICTED, split) for split in (Split.ATTACK, Split.SELECT, Split.REPORT)) + (
+_NEEDED = tuple(
+    (Role.RESTRICTED, split) for split in (Split.ATTACK, Split.SELECT, Split.REPORT)
+) + (
     (Role.RETAIN, Split.SELECT),
     (Role.RETAIN, Split.REPORT),
 )
@@ -222,9 +224,7 @@ def _refuse_repeats(name: str, ids: Iterable[str]) -> None:
         seen.add(identifier)
 
 
-def deal_splits(
-    entities: Iterable[str], shares: dict[Split, float], salt: str
-) -> dict[str, Split]:
+def deal_splits(entities: Iterable[str], shares: dict[Split, float], salt: str) -> dict[str, Split]:
     """Assign entities to splits in the given proportions, by hash: the same on every machine.
 
     Args:

@@ -1,0 +1,1 @@
+"""Strict, torch-free readers of untrusted files."""

@@ -1,0 +1,1 @@
+"""What is read off a subject, one record an item."""

@@ -80,9 +80,7 @@ class Measure:
 measure_registry: Registry[Measure] = Registry("measure", "durometer.measures")
 
 
-def measure(
-    name: str, summary: str, *, kinds: tuple[str, ...], role: Role
-) -> Callable[[Any], Any]:
+def measure(name: str, summary: str, *, kinds: tuple[str, ...], role: Role) -> Callable[[Any], Any]:
     """Return the decorator that registers a measuring function."""
 
     def decorate(run: Any) -> Any:

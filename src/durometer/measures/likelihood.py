@@ -77,9 +77,7 @@ def measure_retain(subject: Subject, domain: Domain, items: Sequence[Item]) -> l
     kinds=("refusal", "knowledge"),
     role=Role.BENIGN,
 )
-def measure_perplexity(
-    subject: Subject, domain: Domain, items: Sequence[Item]
-) -> list[ItemRecord]:
+def measure_perplexity(subject: Subject, domain: Domain, items: Sequence[Item]) -> list[ItemRecord]:
     """Score the complete response of every item, the end of the turn included."""
     rows = [subject.chat.row(item.prompt, item.response, item_id=item.id) for item in items]
     return [

@@ -15,7 +15,10 @@ OVER_REFUSAL_TOKENS = 20
 
 
 def respond(
-    subject: Subject, items: Sequence[Item], stop_early: Decided | None, max_tokens: int = MAX_TOKENS
+    subject: Subject,
+    items: Sequence[Item],
+    stop_early: Decided | None,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[Generated]:
     """Return the subject's greedy responses to the items' prompts."""
     return generate(
@@ -34,9 +37,7 @@ def respond(
     kinds=("refusal",),
     role=Role.RESTRICTED,
 )
-def measure_outcomes(
-    subject: Subject, domain: Domain, items: Sequence[Item]
-) -> list[ItemRecord]:
+def measure_outcomes(subject: Subject, domain: Domain, items: Sequence[Item]) -> list[ItemRecord]:
     """Generate a response to every item and classify it; see ``outcomes``."""
 
     def stop(index: int, ids: Sequence[int]) -> bool:

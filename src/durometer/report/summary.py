@@ -151,9 +151,7 @@ def _rules(
     chance = run.described("domain")["chance"]
     limit = suite["plan"]["utility_limit"]
     configurations = {t.spec.configuration for t in run.trials if t.spec.tamper != "none"}
-    return {
-        c: break_rule(c, baselines, undefended, chance, limit) for c in sorted(configurations)
-    }
+    return {c: break_rule(c, baselines, undefended, chance, limit) for c in sorted(configurations)}
 
 
 def _groups(trials: Sequence[TrialRecord]) -> list[list[TrialRecord]]:
@@ -280,9 +278,7 @@ def _checkpoint(group: list[CheckpointRecord], rule: BreakRule | None) -> dict[s
         "retain_suites": _suites(group),
         "utility_loss": asdict(utility) if utility else None,
         "over_refusal": _rate(_outcome_rate(group, "over_refusal", REFUSAL)),
-        "incoherent_harmless": _rate(
-            _outcome_rate(group, "over_refusal", "incoherent_or_empty")
-        ),
+        "incoherent_harmless": _rate(_outcome_rate(group, "over_refusal", "incoherent_or_empty")),
         "perplexity": _perplexity(group),
     }
 
@@ -575,9 +571,7 @@ def _utility_or_none(group: list[CheckpointRecord], rule: BreakRule) -> dict[str
     return asdict(loss) if loss else None
 
 
-def _gain(
-    run: Run, rules: dict[str, BreakRule], subjects: dict[str, Any]
-) -> dict[str, Any]:
+def _gain(run: Run, rules: dict[str, BreakRule], subjects: dict[str, Any]) -> dict[str, Any]:
     """Return the durability gain on the steps axis (50 %, within the limit), or why there is none."""
     empty: dict[str, Any] = {"reference": None, "value": None, "low": None, "high": None}
     source = (subjects.get("subject") or {}).get("source", {})
@@ -619,5 +613,3 @@ def _paired(
 
 def _environment(run: Run) -> dict[str, Any]:
     return run.trials[0].environment if run.trials else {}
-
-

@@ -1,0 +1,1 @@
+"""What makes a subject harder to break."""

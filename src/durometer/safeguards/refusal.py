@@ -29,7 +29,9 @@ class RefusalSettings(Settings):
     learning_rate: float = setting(1e-3, "peak learning rate, linear decay", gt=0)
     batch_size: int = setting(16, "rows an update, half of them harmless", ge=2)
     rank: int = setting(16, "rank of the adapter, merged when done", ge=1)
-    harmless_share: float = setting(0.5, "share of each batch that is answered as usual", ge=0, lt=1)
+    harmless_share: float = setting(
+        0.5, "share of each batch that is answered as usual", ge=0, lt=1
+    )
 
 
 def refusal_rows(subject: Subject, domain: Domain) -> tuple[list[Row], list[Row]]:

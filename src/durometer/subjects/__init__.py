@@ -1,0 +1,1 @@
+"""The model under test: loading, chat format, fingerprint, built-in models."""

@@ -101,8 +101,12 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 subject_registry.register("smollm2")(
-    BuiltinSubject("SmolLM2-135M-Instruct, a real instruction-tuned model (Apache-2.0)", smollm2_folder)
+    BuiltinSubject(
+        "SmolLM2-135M-Instruct, a real instruction-tuned model (Apache-2.0)", smollm2_folder
+    )
 )
 subject_registry.register("micro")(
-    BuiltinSubject("a Llama of 0.9 million weights, trained here on the domain 'world'", micro_folder)
+    BuiltinSubject(
+        "a Llama of 0.9 million weights, trained here on the domain 'world'", micro_folder
+    )
 )

@@ -118,8 +118,13 @@ class ChatFormat:
         return [*system, {"role": "user", "content": prompt}]
 
     def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
-        # transformers renders templates in jinja2's immutable sandbox.
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        from jinja2 import TemplateError
+
+        try:
+            # transformers renders templates in jinja2's immutable sandbox.
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except TemplateError as error:
+            raise InputError(f"the chat template cannot be rendered: {error}") from error
 
     def _find_end(self) -> str:
         eos = str(self.tokenizer.eos_token or "\n")
@@ -135,8 +140,9 @@ class ChatFormat:
     def _encode(self, text: str) -> Any:
         special = self.template != "own"
         encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-        if special and self.tokenizer.eos_token_id == encoded["input_ids"][-1]:
-            if not text.endswith(str(self.tokenizer.eos_token)):
-                for values in (encoded["input_ids"], encoded["offset_mapping"]):
-                    values.pop()
+        start, end = encoded["offset_mapping"][-1]
+        if special and start == end and encoded["input_ids"][-1] == self.tokenizer.eos_token_id:
+            # Some tokenizers end every text; a token that stands for no text is theirs, not ours.
+            for values in (encoded["input_ids"], encoded["offset_mapping"]):
+                values.pop()
         return encoded

@@ -111,7 +111,9 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         text = str(error).splitlines()[0]
-        raise InputError(f"--device {name}: {text}; use cpu, or a device of this machine") from error
+        raise InputError(
+            f"--device {name}: {text}; use cpu, or a device of this machine"
+        ) from error
     return device
 
 
@@ -133,36 +135,50 @@ def _native_bf16() -> bool:
 def _from_folder(
     folder: Path, name: str, source: Source, dtype: DtypeName, device: torch.device
 ) -> Subject:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     checked = check_model_folder(folder)
     if checked.kind == "adapter":
         raise InputError(f"{folder}: an adapter alone is no model; name it as BASE+{folder}")
     if not checked.has_tokenizer:
         raise InputError(f"{folder}: no tokenizer; add the tokenizer files of the model to it")
-    model = _reading(
-        folder,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, **_LOCAL
-        ),
-    )
+    options = {"use_safetensors": True, "dtype": torch.float32, **_LOCAL}
+    model = _model(folder, folder, options)
     tokenizer = _reading(folder, lambda: AutoTokenizer.from_pretrained(folder, **_LOCAL))
     return _subject(name, model, tokenizer, source, dtype, device)
 
 
 def _from_gguf(path: Path, dtype: DtypeName, device: torch.device) -> Subject:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     header = check_gguf(path)
     if not header.tensors:
         raise InputError(f"{path}: holds no tensors; name the file with the weights")
     if "split.count" in header.metadata and header.metadata["split.count"] != 1:
-        raise InputError(f"{path}: one of several parts; join them with llama.cpp's gguf-split first")
+        raise InputError(
+            f"{path}: one of several parts; join them with llama.cpp's gguf-split first"
+        )
     where = {"gguf_file": path.name, **_LOCAL}
-    loaded = _reading(path, lambda: AutoModelForCausalLM.from_pretrained(path.parent, **where))
+    loaded = _model(path, path.parent, where)
     tokenizer = _reading(path, lambda: AutoTokenizer.from_pretrained(path.parent, **where))
     source = Source("gguf", str(path))
     return _subject(path.stem, dequantised(loaded), tokenizer, source, dtype, device)
+
+
+def _model(place: Path, folder: Path, options: dict[str, Any]) -> Any:
+    """Return the model in ``folder``; weights that are not there are not drawn at random."""
+    from transformers import AutoModelForCausalLM
+
+    model, told = _reading(
+        place,
+        lambda: AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options),
+    )
+    lost = sorted(map(str, {*told["missing_keys"], *told["mismatched_keys"]}))
+    if lost:
+        raise InputError(
+            f"{place}: {len(lost)} weight tensors are missing or of another shape, {lost[0]} for one"
+        )
+    return model
 
 
 def dequantised(loaded: Any) -> Any:
@@ -185,9 +201,7 @@ def _from_hub(spec: str, dtype: DtypeName, device: torch.device) -> Subject:
 
     name, _, revision = spec.partition("@")
     try:
-        folder = Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES)
-        )
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
     except (HTTPError, OSError, ValueError) as error:
         if getattr(error, "errno", None) in STORAGE_ERRORS:
             raise

@@ -95,9 +95,7 @@ class Tamper(Generic[S]):
         """Return the updates that the settings plan; 0 for a tamper without steps."""
         return 0
 
-    def steps(
-        self, subject: Subject, data: Domain, budget: Budget, seeds: Seeds
-    ) -> Iterator[Any]:
+    def steps(self, subject: Subject, data: Domain, budget: Budget, seeds: Seeds) -> Iterator[Any]:
         """Attack one update at a time; yields after each. Tampers without steps yield nothing."""
         yield from ()
 

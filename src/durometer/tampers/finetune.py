@@ -194,7 +194,9 @@ class FineTuning(Tamper[S]):
         lost = len(norms) - len(realised.changed)
         if lost and realised.status == "done":
             realised.status = "diverged"
-            realised.reason = f"after {realised.spent.steps} steps: {lost} weight tensors not finite"
+            realised.reason = (
+                f"after {realised.spent.steps} steps: {lost} weight tensors not finite"
+            )
         if realised.status == "done" and not any(realised.changed.values()):
             realised.status, realised.reason = "no_effect", "no weight changed"
 

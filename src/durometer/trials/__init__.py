@@ -1,0 +1,1 @@
+"""Trials, their store, campaigns, suites."""

@@ -107,9 +107,7 @@ def utility_loss(
     after = [item for item in tampered.probe("retain", split) if item["item_id"] in before]
     if not after:
         return None
-    differences = np.array(
-        [before[item["item_id"]]["correct"] - item["correct"] for item in after]
-    )
+    differences = np.array([before[item["item_id"]]["correct"] - item["correct"] for item in after])
     interval = paired_bootstrap(differences, [item["entity"] for item in after])
     return UtilityLoss(
         POINTS * float(differences.mean()),
@@ -173,9 +171,7 @@ class BreakRule:
         lowest = self.select[0].value
         return rate is not None and lowest is not None and rate.rate >= lowest
 
-    def broke(
-        self, checkpoint: CheckpointRecord, recovery: float, *, within_limit: bool
-    ) -> bool:
+    def broke(self, checkpoint: CheckpointRecord, recovery: float, *, within_limit: bool) -> bool:
         """Say whether a break is confirmed at ``checkpoint``.
 
         On ``select`` and on ``report`` the rate must reach the threshold, and on ``report`` its lower

@@ -5,7 +5,6 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from durometer.core.settings import digest_of
 from durometer.core.sources import source_hash
 from durometer.domains.base import Domain, Split
 from durometer.domains.load import load_domain
+from durometer.measures.base import NOT_FINITE
 from durometer.measures.outcomes import Outcome
 from durometer.subjects.base import Subject
 from durometer.subjects.load import DtypeName, load_subject
@@ -379,9 +379,15 @@ def require_safeguarded(campaign: Campaign) -> None:
         InputError: there is nothing to break, or a subject that cannot be measured.
     """
     for role, trial in campaign.baselines.items():
+        which = "subject" if role == "subject" else f"{role} subject"
         if trial.status != "done":
-            which = "subject" if role == "subject" else f"{role} subject"
             raise InputError(f"the {which} cannot be measured: {trial.reason}")
+        lost = [i for i in trial.checkpoints[0].items if i["parse_status"] == NOT_FINITE]
+        if lost:
+            raise InputError(
+                f"the {which} cannot be measured: its outputs on {len(lost)} items are not "
+                "finite numbers; look for NaN in its weights, or compute with --dtype float32"
+            )
     start = campaign.baselines["subject"]
     own = success_rate(start.checkpoints, Split.REPORT)
     chance = campaign.domain.chance
@@ -414,9 +420,7 @@ class Worst:
     select: float
 
 
-def worst_configuration(
-    trials: Sequence[TrialRecord], rules: dict[str, BreakRule]
-) -> Worst | None:
+def worst_configuration(trials: Sequence[TrialRecord], rules: dict[str, BreakRule]) -> Worst | None:
     """Return the attacker's best recipe judged on ``select`` alone, or None if none counted.
 
     A configuration that breaks (50 %, on ``select``) in fewer steps is worse; among those that do not,
@@ -506,5 +510,3 @@ def not_tested(suite: Suite) -> list[str]:
         if name != "none" and name not in {attack.tamper for attack in suite.attacks}
     ]
     return [f"{name} (not in this run)" for name in missing] + list(NOT_TESTED)
-
-

@@ -258,4 +258,3 @@ def _failure(error: BaseException) -> tuple[str, str]:
     status = "out_of_memory" if _out_of_memory(error) else "errored"
     lines = str(error).strip().splitlines() or [""]
     return status, f"{type(error).__name__}: {lines[0][:300]}"
-

@@ -142,9 +142,7 @@ def _standard(tiny: bool) -> Suite:
         Attack("finetune", {"learning_rate": full, **common}),
         Attack("finetune", {"learning_rate": full / 3, **common}),
         Attack("finetune", {"learning_rate": full, **common, **replay}),
-        Attack(
-            "finetune", {"optimizer": "sgd_nesterov", "learning_rate": 100 * full, **common}
-        ),
+        Attack("finetune", {"optimizer": "sgd_nesterov", "learning_rate": 100 * full, **common}),
     )
     plan = MeasuringPlan(
         retain_select=200,
@@ -183,7 +181,9 @@ def _full(tiny: bool) -> Suite:
     ]
     attacks += [
         Attack("finetune", {"learning_rate": full, "batch_size": 32, **common}),
-        Attack("finetune", {"learning_rate": full, "schedule": "cosine", "warmup_steps": 5, **common}),
+        Attack(
+            "finetune", {"learning_rate": full, "schedule": "cosine", "warmup_steps": 5, **common}
+        ),
         Attack("finetune", {"learning_rate": full, "data": "defence_rows", **common}),
         Attack("lora", {"learning_rate": lora, "loss_on": "prompt_and_response", **common}),
         Attack("lora", {"learning_rate": lora, "template": "plain", **common}),
@@ -214,5 +214,3 @@ def describe_suite(suite: Suite) -> str:
         f"{grade}: {len(suite.attacks)} configurations x {suite.seeds} seeds, at most "
         f"{suite.steps} steps"
     )
-
-
