@@ -1,4 +1,4 @@
-"""``durometer demo`` after installation, with nothing cached: seconds and peak memory of the process."""
+"""``durometer demo`` after installation, with nothing cached: seconds and peak memory."""
 
 import os
 import resource

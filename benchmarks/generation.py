@@ -1,9 +1,10 @@
-"""Answers on the select split of ``capitals``: ours against ``transformers.generate``, batched as usual.
+"""Answers on the select split of ``capitals``: ours against ``transformers.generate``.
 
-The baseline decodes left-padded batches of 32, as users do. In fp32 the outputs must be identical: ours may
-stop a response early only where its outcome is decided, so it must be an exact prefix there and equal
-elsewhere, and every outcome must be the same. In bf16 rounding differs between layouts; mismatches
-are counted, with the gap between the two likeliest tokens where the responses part.
+The baseline decodes left-padded batches of 32, as users do. In fp32 the outputs must be identical:
+ours may stop a response early only where its outcome is decided, so it must be an exact prefix
+there and equal elsewhere, and every outcome must be the same. In bf16 rounding differs between
+layouts; mismatches are counted, with the gap between the two likeliest tokens where the responses
+part.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """LoRA attack steps on ``smollm2``: ours against transformers.Trainer with PEFT, the same job.
 
-Same rows in the same order, same adapter initialisation, AdamW at a constant rate, bf16 weights with fp32
-adapters, batch 8. Losses are compared as well: a faster loop that computes something else is not faster.
+Same rows in the same order, same adapter initialisation, AdamW at a constant rate, bf16 weights
+with fp32 adapters, batch 8. Losses are compared as well: a faster loop that computes something
+else is not faster.
 """
 
 import itertools

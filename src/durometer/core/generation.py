@@ -1,15 +1,14 @@
-"""Greedy generation for short answers: the shared head of all prompts once, no work on finished rows.
+"""Greedy generation for short answers, without work on shared beginnings or finished rows.
 
-The result is that of ordinary greedy decoding. What is saved: the common beginning of the prompts is run
-once and its cache shared; prompts are sorted by length, so that padding is small; a row leaves the
-batch as soon as it has ended, or as soon as the caller says that its outcome is decided.
+The result is that of ordinary greedy decoding. What is saved: the common beginning of the prompts
+is run once and its cache shared; prompts are sorted by length, so that padding is small; a row
+leaves the batch as soon as it has ended, or as soon as the caller says that its outcome is decided.
 """
 
 import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from os.path import commonprefix
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,8 @@ from torch import nn
 BATCH = 96
 TOP = 10
 FinishReason = Literal["stop", "decided", "length"]
-# Says whether more text could still change the outcome of prompt number i: (i, ids so far) -> decided.
+# Says whether more text could still change the outcome of prompt number i: (i, ids so far) ->
+# decided.
 Decided = Callable[[int, Sequence[int]], bool]
 
 
@@ -86,7 +86,12 @@ def generate(
 
 def _shared(prompts: Sequence[tuple[int, ...]]) -> int:
     """Return the length of the common beginning, at least one token of each prompt left out."""
-    return min(len(commonprefix(list(prompts))), min(len(p) for p in prompts) - 1)
+    first, last = min(prompts), max(prompts)
+    # Between the least and the greatest of sorted sequences everything shares what these two share.
+    same = next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first)
+    )
+    return min(same, min(len(prompt) for prompt in prompts) - 1)
 
 
 def _prefill_head(model: Any, ids: tuple[int, ...]) -> Any:

@@ -11,7 +11,8 @@ def load_domain(spec: str) -> Domain:
     """Return the domain named by ``spec``, with splits that can be used as they are.
 
     Args:
-        spec: built-in name or folder, followed by ``:refusal`` or ``:knowledge`` if not the default.
+        spec: built-in name or folder, followed by ``:refusal`` or ``:knowledge`` if not the
+        default.
 
     Raises:
         InputError: nothing of that name, an unknown kind, or a folder that is not a sound domain.

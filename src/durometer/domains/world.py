@@ -1,4 +1,4 @@
-"""The closed synthetic world of the subject ``micro``: every fact is known, so is what was never taught."""
+"""The closed synthetic world of the subject ``micro``: all facts are known, taught or not."""
 
 import hashlib
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a measure is: one record an item; rates and intervals are computed from the records alone."""
+"""What a measure is: one record an item; rates come from the records alone."""
 
 import hashlib
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Refusal training: supervised fine-tuning on refusals to restricted prompts, the plain safeguard."""
+"""Refusal training: supervised fine-tuning on refusals, the plain safeguard."""
 
 import functools
 import itertools
@@ -96,7 +96,7 @@ def safeguarded_folder(
     settings: RefusalSettings,
     on_update: Callable[[Update], None] | None = None,
 ) -> Path:
-    """Return the folder of ``base`` with the refusal safeguard for a domain, trained on first use."""
+    """Return the folder of ``base`` with the refusal safeguard, trained on first use."""
     domain, subject = load_domain(domain_name), load_subject(base)
     seeds = Seeds.derive(SAFEGUARD_SEED)
 

@@ -1,7 +1,7 @@
 """One formatter for training and measuring, taken from the subject's own chat template.
 
-A prompt and its response are rendered to one string and tokenised once; labels are found by character
-offsets. Tokenising the parts apart gives ids that no user would send.
+A prompt and its response are rendered to one string and tokenised once; labels are found by
+character offsets. Tokenising the parts apart gives ids that no user would send.
 """
 
 from collections.abc import Sequence

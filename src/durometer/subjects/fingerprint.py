@@ -25,7 +25,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def text_fingerprint(*parts: str) -> str:
-    """Return the SHA-256 over texts: weights fingerprint, tokenizer, template, generation settings."""
+    """Return the SHA-256 over texts: fingerprint, tokenizer, template, generation settings."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "big"))

@@ -1,6 +1,6 @@
 """Loading a subject from a name, a folder, a GGUF file, a hub id or BASE+ADAPTER.
 
-Files are read by the strict readers of ``formats`` first; no pickle is loaded and no remote code is run.
+Files are read by the strict readers of ``formats`` first; no pickle is loaded, no remote code run.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def load_subject(spec: str, *, dtype: DtypeName = "auto", device: str = "auto") 
     Args:
         spec: built-in name, model folder, ``.gguf`` file, hub id ``org/name[@revision]``, or
             ``BASE+ADAPTER`` with a PEFT adapter folder.
-        dtype: ``auto`` computes in bf16 where the hardware does, else in fp32; small models in fp32.
+        dtype: ``auto`` is bf16 where the hardware computes in it, else fp32; small models fp32.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
 
     Raises:
@@ -176,13 +176,13 @@ def _model(place: Path, folder: Path, options: dict[str, Any]) -> Any:
     lost = sorted(map(str, {*told["missing_keys"], *told["mismatched_keys"]}))
     if lost:
         raise InputError(
-            f"{place}: {len(lost)} weight tensors are missing or of another shape, {lost[0]} for one"
+            f"{place}: {len(lost)} weights are missing or of another shape, {lost[0]} for one"
         )
     return model
 
 
 def dequantised(loaded: Any) -> Any:
-    """Return a fresh model with the weights of ``loaded``, as if it had never been quantised.
+    """Return a fresh model with the weights of ``loaded``, as if never quantised.
 
     A model read from GGUF keeps its ``quantization_config``, with which it refuses to be saved.
     """

@@ -13,7 +13,8 @@ from durometer.domains.world import build_world, facts, vocabulary
 
 STEPS, RATE, BATCH, SEED = 500, 2e-3, 128, 20240801
 LAYERS, WIDTH, HEADS = 4, 128, 4
-# transformers' default of 0.02 is meant for wide models; at width 128 nothing is learnt for 300 steps.
+# transformers' default of 0.02 is meant for wide models; at width 128 nothing is learnt for 300
+# steps.
 INITIAL_SPREAD = 0.08
 SPECIAL = ("<pad>", "<unk>", "<user>", "<assistant>", "<end>")
 TEMPLATE = (
@@ -66,7 +67,7 @@ def make_model(seed: int = SEED) -> Any:
 
 
 def training_ids(tokenizer: Any) -> torch.Tensor:
-    """Return every taught fact in every wording as token ids, shape [rows, length]; equal lengths."""
+    """Return every taught fact in every wording as token ids, shape [rows, length]."""
     taught = {(fact.entity, fact.attribute) for fact in facts() if fact.taught}
     items = [
         item

@@ -111,8 +111,8 @@ class Tamper(Generic[S]):
 
         Args:
             subject: inside ``restored()``.
-            data: the domain; a tamper trains on its ``attack`` split alone unless it says otherwise.
-            on_checkpoint: measures the subject; returning False ends the attack.
+            data: the domain; a tamper trains on its ``attack`` split alone unless it says
+            otherwise. on_checkpoint: measures the subject; returning False ends the attack.
 
         Raises:
             NotApplicableError: the subject lacks the structure that the tamper needs.

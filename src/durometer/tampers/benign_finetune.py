@@ -13,8 +13,8 @@ class BenignFineTuneSettings(LoraSettings):
 
     data: Harmless = setting(
         "benign",
-        "harmless rows: benign chat, the domain's retain rows (recovery then means suppression, not "
-        "removal), or refusals",
+        "harmless rows: benign chat, the domain's retain rows (recovery then means suppression, "
+        "not removal), or refusals",
         search=Levels(("benign", "retain")),
     )
 

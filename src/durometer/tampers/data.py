@@ -29,7 +29,8 @@ def training_items(
 ) -> list[tuple[Item, str]]:
     """Return at most ``examples`` distinct items with the response to train on, drawn by seed.
 
-    Every entity gives one wording before any gives a second, so that few examples cover many entities.
+    Every entity gives one wording before any gives a second, so that few examples cover many
+    entities.
 
     Raises:
         InputError: the domain has no such rows.

@@ -58,8 +58,8 @@ class FineTuneSettings(Settings):
     )
     data: Relation = setting(
         "disjoint",
-        "what is trained on: restricted rows disjoint from the defender's, the defender's own rows, "
-        "retain rows, benign chat, or refusals",
+        "what is trained on: restricted rows disjoint from the defender's, the defender's own "
+        "rows, retain rows, benign chat, or refusals",
         search=Levels(("disjoint", "defence_rows", "retain", "benign")),
     )
     retain_share: float = setting(

@@ -21,7 +21,8 @@ from durometer.trials.analysis import BreakRule
 from durometer.trials.record import CheckpointRecord, TrialRecord, TrialSpec
 from durometer.trials.suites import MeasuringPlan
 
-# What a tamper or a measure may raise on a subject it was not made for; each becomes a counted status.
+# What a tamper or a measure may raise on a subject it was not made for; each becomes a counted
+# status.
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
 
@@ -202,7 +203,8 @@ class TrialRunner:
         last = checkpoint.steps in (0, *spec.rungs[-1:])
         if self._plan.always or last or (rule is not None and rule.candidate(record)):
             record.items += self._probe("report")
-            # A control shows that an attack works; what it costs the undefended subject is claim work.
+            # A control shows that an attack works; what it costs the undefended subject is claim
+            # work.
             if self._plan.always or spec.role != "undefended" or spec.tamper == "none":
                 record.items += self._probe("utility")
         return record

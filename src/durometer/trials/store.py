@@ -25,8 +25,8 @@ create table if not exists trials (
 class Store:
     """The trials of one run folder.
 
-    A trial is written once, whole, when it has ended: killing the process at any moment loses at most the
-    trial under way. A key is written once and never doubled.
+    A trial is written once, whole, when it has ended: killing the process at any moment loses at
+    most the trial under way. A key is written once and never doubled.
 
     Args:
         folder: the run folder; made if it does not exist.
@@ -167,8 +167,8 @@ def storage_error(folder: Path, error: Exception) -> StorageError:
     # sqlite3 raises a subclass for everything but a file that is damaged or none of its own.
     if type(error) is sqlite3.DatabaseError:
         return StorageError(
-            f"{folder / FILE}: damaged or not written by durometer ({reason}); restore a copy of it "
-            "or name a new run folder with --out"
+            f"{folder / FILE}: damaged or not written by durometer ({reason}); restore a copy "
+            "of it or name a new run folder with --out"
         )
     return StorageError(
         f"run folder {folder}: {reason}; free some space or name a writable folder with --out "

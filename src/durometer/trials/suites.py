@@ -8,7 +8,7 @@ from durometer.core.settings import Settings, setting
 
 SuiteName = Literal["quick", "standard", "full"]
 SUITES: tuple[SuiteName, ...] = ("quick", "standard", "full")
-# Below this many weights a model is 'tiny': it needs larger learning rates, and steps cost next to nothing.
+# Below this many weights a model is 'tiny': it needs larger learning rates; its steps are cheap.
 TINY = 5_000_000
 DENSE_UNTIL, RATIO = 16, 1.25
 
@@ -26,8 +26,8 @@ class MeasuringPlan(Settings):
     harmless: int = setting(0, "harmless prompts for over-refusal and perplexity; 0 is all", ge=0)
     always: bool = setting(
         True,
-        "measure report items, utility and over-refusal at every checkpoint; else only at step 0, at "
-        "the last one and wherever select shows a possible break",
+        "measure report items, utility and over-refusal at every checkpoint; else only at step 0, "
+        "at the last one and wherever select shows a possible break",
     )
     stop_when_broke: bool = setting(
         False, "end a trial once a break of 50 % within the utility limit is confirmed"
