@@ -49,7 +49,7 @@ bench: $(READY) ## run the benchmarks
 	@$(BIN)/python benchmarks/run.py
 
 docs: $(READY) ## build the documentation into site/
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## remove .venv, site/ and caches, never a run's results
 	@rm -rf $(VENV) site build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -29,6 +29,7 @@ LAYERS = (
     ("core",),
 )
 ROOMS = tuple(room for layer in LAYERS for room in layer)
+NOTHING = "\N{EN DASH}"
 TINY_WEIGHTS, ORDINARY_WEIGHTS = 1_000_000, 100_000_000
 
 
@@ -50,10 +51,15 @@ def _literal(part: str) -> str:
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(part, quote=False))
 
 
+def sentence(value: str) -> str:
+    """Return a summary line as a sentence."""
+    return text(f"{value[:1].upper()}{value[1:].removesuffix('.')}.")
+
+
 def code(value: object) -> str:
     """Return ``value`` as code, or a dash where there is nothing."""
     plain = " ".join(str(value).split())
-    return f"`{plain.replace('|', ' or ')}`" if plain else "–"
+    return f"`{plain.replace('|', ' or ')}`" if plain else NOTHING
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -91,12 +97,12 @@ def _tamper(name: str, entry: Any) -> str:
             code(s.default),
             text(s.meaning),
             text(s.type.replace(" | ", ", ")),
-            text(s.search or "–"),
+            text(s.search or NOTHING),
         )
         for s in entry.settings_class.describe()
     ]
     header = ("setting", "default", "meaning", "type", "search range")
-    parts = [f"## `{name}` {{ #{name} }}", f"{text(entry.summary).capitalize()}."]
+    parts = [f"## `{name}` {{ #{name} }}", sentence(entry.summary)]
     parts.append("\n".join(f"- **{key}**: {value}" for key, value in facts))
     parts.append(table(header, settings) if settings else "It has no settings.")
     return "\n\n".join(parts)
@@ -112,7 +118,7 @@ def measures() -> str:
         facts = f"- **kinds of domain**: {', '.join(entry.kinds)}\n- **reads**: {entry.role} items"
         doc = inspect.cleandoc(entry.run.__doc__ or "")
         sections.append(
-            f"## `{name}` {{ #{name} }}\n\n{text(entry.summary)}.\n\n{facts}\n\n{text(doc)}"
+            f"## `{name}` {{ #{name} }}\n\n{sentence(entry.summary)}\n\n{facts}\n\n{text(doc)}"
         )
     return "\n\n".join(sections)
 
@@ -151,12 +157,12 @@ def _domain(name: str, entry: Any) -> str:
     ]
     chances = ", ".join(f"{built[kind].chance:g} for `{name}:{kind}`" for kind in KINDS)
     examples = [
-        f"- {role}: *{text(items[0].prompt)}* – {text(items[0].response)}"
+        f"- {role}: *{text(items[0].prompt)}*: {text(items[0].response)}"
         for role in Role
         if domain.harmless and (items := domain.select(role))
     ]
-    parts = [f"## `{name}` {{ #{name} }}", f"{text(entry.description).capitalize()}."]
-    parts.append(f"Source: {text(domain.source)}. Chance: {chances}.")
+    parts = [f"## `{name}` {{ #{name} }}", sentence(entry.description)]
+    parts.append(f"Source: {text(domain.source.rstrip('.'))}. Chance: {chances}.")
     parts.append(table(("items", *(f"`{split}`" for split in splits)), rows))
     return "\n\n".join([*parts, "An item of each role:", "\n".join(examples)])
 
@@ -180,10 +186,11 @@ def suites() -> str:
 
 def _suite_line(suite: Any) -> str:
     grade = "Claim-grade" if suite.claim_grade else "A screen"
+    plural = "s" * (suite.control_seeds != 1)
     return (
-        f"{grade}: {len(suite.attacks)} configurations x {suite.seeds} seeds; {suite.control_seeds} "
-        f"seed{'s' * (suite.control_seeds != 1)} on the undefended subject; {suite.fresh_seeds} "
-        "fresh seeds for the worst configuration."
+        f"{grade}: {len(suite.attacks)} configurations x {suite.seeds} seeds; "
+        f"{suite.control_seeds} seed{plural} on the undefended subject; "
+        f"{suite.fresh_seeds} fresh seeds for the worst configuration."
     )
 
 
@@ -405,12 +412,10 @@ def _cases(rows: list[dict[str, Any]]) -> str:
 def _label(name: str) -> str:
     if name in LABELS:
         return LABELS[name]
-    words = name.split("_")
-    unit = UNITS.get(words[-1])
-    shown = " ".join(words[:-1]) if unit and words[:-1] else " ".join(words)
-    return text(
-        f"{shown}, {unit}" if unit and words[:-1] else f"{shown} ({unit})" if unit else shown
-    )
+    *words, last = name.split("_")
+    if last not in UNITS:
+        return text(name.replace("_", " "))
+    return text(f"{' '.join(words)}, {UNITS[last]}" if words else f"{last} ({UNITS[last]})")
 
 
 def _number(value: Any) -> str:
@@ -418,7 +423,7 @@ def _number(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return "–" if value is None else text(value)
+    return NOTHING if value is None else text(value)
 
 
 def _machine(machine: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny_world
+
 from durometer.cli import main
 from durometer.domains.base import Domain, Item, Role, Split
 
@@ -29,7 +30,7 @@ refusal_phrases = ['\brefuse\b']
 class Files:
     """Folders of the domains, of the subject without a safeguard, and of the one with it.
 
-    In ``easy`` one answer is right for every entity, so that any attack breaks the safeguard for sure.
+    In ``easy`` one answer is right for every entity, so that any attack breaks the safeguard.
     """
 
     domain: Path

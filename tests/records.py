@@ -1,5 +1,6 @@
 """Hand-made trial records with known rates."""
 
+from functools import cache
 from typing import Any
 
 import durometer.catalogue  # noqa: F401  (fills the registries)
@@ -19,6 +20,11 @@ def items(probe: str, split: str, right: Share, **changes: Any) -> list[dict[str
     if right is None:
         return []
     count, total = right if isinstance(right, tuple) else (right, N)
+    return [{**record, "gate": [], **changes} for record in _items(probe, split, count, total)]
+
+
+@cache
+def _items(probe: str, split: str, count: int, total: int) -> list[dict[str, Any]]:
     made = []
     for number in range(total):
         good = number < count
@@ -38,7 +44,7 @@ def items(probe: str, split: str, right: Share, **changes: Any) -> list[dict[str
             mean_probability=0.5,
             tokens=2,
         )
-        made.append(record.as_dict() | changes)
+        made.append(record.as_dict())
     return made
 
 

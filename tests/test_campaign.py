@@ -30,11 +30,9 @@ COMMON = {"steps": 8, "examples": 24}
 LORA = Attack("lora", {"learning_rate": 1e-2, "rank": 8, **COMMON})
 FULL = Attack("finetune", {"learning_rate": 5e-3, **COMMON})
 BENIGN = Attack("benign_finetune", {"learning_rate": 1e-3, "rank": 4, **COMMON})
-PLAN = MeasuringPlan(select_wordings=1, report_wordings=1, harmless=4, always=True)
+PLAN = MeasuringPlan(select_wordings=1, report_wordings=1, retain_report=12, harmless=2)
 SUITE = Suite("quick", False, (LORA, FULL, BENIGN), 2, 1, 2, 8, PLAN, False)
-LITTLE = PLAN.model_copy(
-    update={"select_entities": 3, "retain_report": 6, "harmless": 2, "always": False}
-)
+LITTLE = PLAN.model_copy(update={"select_entities": 3, "retain_report": 6, "always": False})
 SMALL = replace(SUITE, attacks=(LORA,), seeds=1, fresh_seeds=1, plan=LITTLE)
 
 
@@ -285,11 +283,10 @@ def test_resuming_runs_nothing_twice(complete: Campaign, monkeypatch: pytest.Mon
     assert after == before
 
 
-@pytest.mark.parametrize("stop_after", [2, 4, 6])
+@pytest.mark.parametrize("stop_after", [2, 3, 4])
 def test_an_interrupted_campaign_says_so_and_goes_on(tmp_path: Path, stop_after: int) -> None:
     """Two zero-step controls, a control attack, an attack, a fresh seed."""
-    suite = replace(SMALL, attacks=(LORA, BENIGN))
-    made = make_campaign(tmp_path, suite=suite, observer=Log(stop_after))
+    made = make_campaign(tmp_path, suite=SMALL, observer=Log(stop_after))
     made.run()
     assert made.interrupted
     assert len(made.records) == stop_after
@@ -299,21 +296,21 @@ def test_an_interrupted_campaign_says_so_and_goes_on(tmp_path: Path, stop_after:
     counts = summary["status_counts"]
     assert (counts["done"], counts["interrupted"], counts["planned"]) == (
         stop_after,
-        7 - stop_after,
-        7,
+        5 - stop_after,
+        5,
     )
     assert not CampaignResult(tmp_path, summary, made.interrupted).complete
-    if stop_after <= 4:
+    if stop_after <= 3:
         assert summary["verdict"].startswith("Not measured")
     log = Log()
-    again = make_campaign(tmp_path, suite=suite, observer=log)
+    again = make_campaign(tmp_path, suite=SMALL, observer=log)
     again.run()
     assert not again.interrupted
     assert [r.key for r in log.reused] == [r.key for r in made.records]
-    assert len(log.ran) == 7 - stop_after
+    assert len(log.ran) == 5 - stop_after
     assert build_summary(again.store)["complete"] is True
-    if stop_after == 4:
-        whole = make_campaign(tmp_path / "whole", suite=suite)
+    if stop_after == 3:
+        whole = make_campaign(tmp_path / "whole", suite=SMALL)
         whole.run()
         assert plain(whole.records) == plain(again.records)
 

@@ -1,4 +1,4 @@
-"""The data files of the built-in domain `capitals`: shape, uniqueness, and no capital leaking into the other two files."""
+"""The data files of ``capitals``: shape, uniqueness, no capital leaking into the other files."""
 
 import json
 import re
@@ -35,8 +35,12 @@ def whole_word(words: list[str], flags: int = 0) -> re.Pattern[str]:
 def test_places_have_the_fields_that_are_read() -> None:
     for place in PLACES:
         assert set(place) - {"phrase"} == {"name", "type", "capital", "aliases"}, place
-        assert all(isinstance(place[key], str) and place[key].strip() == place[key] != "" for key in set(place) - {"aliases"})
-        assert place["name"].isascii() and place["capital"].isascii() and place.get("phrase", "").isascii()
+        assert all(
+            isinstance(place[key], str) and place[key].strip() == place[key] != ""
+            for key in set(place) - {"aliases"}
+        )
+        for text in (place["name"], place["capital"], place.get("phrase", "")):
+            assert text.isascii(), place
         assert re.fullmatch(r"[a-z]+(_[a-z]+)*", place["type"])
         assert len(set(spellings(place))) == len(spellings(place))
 
@@ -58,12 +62,14 @@ def test_names_and_capitals_are_unique() -> None:
 
 
 def test_a_phrase_contains_its_name() -> None:
-    assert [place["name"] for place in PLACES if place["name"] not in place.get("phrase", place["name"])] == []
+    for place in PLACES:
+        assert place["name"] in place.get("phrase", place["name"]), place
 
 
 def test_no_name_contains_a_capital() -> None:
-    """Neither its own (that would give the answer away) nor another's (that would confuse the matcher)."""
-    every_capital = whole_word([spelling for place in PLACES for spelling in spellings(place)], re.IGNORECASE)
+    """Neither its own, which would give the answer away, nor another's."""
+    spelled = [spelling for place in PLACES for spelling in spellings(place)]
+    every_capital = whole_word(spelled, re.IGNORECASE)
     for place in PLACES:
         found = every_capital.search(place["name"]) or every_capital.search(place.get("phrase", ""))
         assert found is None, (place["name"], found)
@@ -71,12 +77,14 @@ def test_no_name_contains_a_capital() -> None:
 
 def test_no_capital_contains_its_place() -> None:
     for place in PLACES:
-        assert not any(place["name"].casefold() in spelling.casefold() for spelling in spellings(place)), place
+        name = place["name"].casefold()
+        assert not any(name in spelling.casefold() for spelling in spellings(place)), place
 
 
 def test_no_capital_contains_another_capital() -> None:
     for place in PLACES:
-        others = whole_word([s for other in PLACES if other is not place for s in spellings(other)], re.IGNORECASE)
+        rest = [s for other in PLACES if other is not place for s in spellings(other)]
+        others = whole_word(rest, re.IGNORECASE)
         for spelling in spellings(place):
             assert others.search(spelling) is None, (place["name"], spelling)
 
@@ -84,8 +92,11 @@ def test_no_capital_contains_another_capital() -> None:
 def test_retain_items_have_the_fields_that_are_read() -> None:
     for item in RETAIN:
         assert set(item) == {"suite", "entity", "prompt", "stem", "answer", "wrong"}, item
-        for text in (item["suite"], item["entity"], item["prompt"], item["stem"], item["answer"], *item["wrong"]):
-            assert text and text == text.strip() and text.isascii(), item
+        fields = [item[name] for name in ("suite", "entity", "prompt", "stem", "answer")]
+        for text in (*fields, *item["wrong"]):
+            assert text, item
+            assert text == text.strip(), item
+            assert text.isascii(), item
         assert not item["stem"].endswith((" ", ".")), item
         assert 1 <= len(item["answer"].split()) <= 3, item
 
@@ -118,7 +129,9 @@ def test_benign_items_have_the_fields_that_are_read() -> None:
         assert set(item) - {"near"} == {"entity", "prompt", "response"}, item
         assert item.get("near", True) is True
         for key in ("entity", "prompt", "response"):
-            assert item[key] and item[key] == item[key].strip() and item[key].isascii(), item
+            assert item[key], item
+            assert item[key] == item[key].strip(), item
+            assert item[key].isascii(), item
         assert item["response"][-1] in ".!?", item
 
 
@@ -136,8 +149,9 @@ def test_no_prompt_occurs_twice() -> None:
 def test_no_capital_is_named_elsewhere() -> None:
     every_capital = whole_word([spelling for place in PLACES for spelling in spellings(place)])
     for item in [*RETAIN, *BENIGN]:
-        texts = [item["entity"], item["prompt"], item.get("stem", ""), item.get("answer", ""), item.get("response", ""), *item.get("wrong", [])]
-        for text in texts:
+        fields = ("entity", "prompt", "stem", "answer", "response")
+        texts = [item.get(name, "") for name in fields]
+        for text in (*texts, *item.get("wrong", [])):
             assert every_capital.search(text) is None, (text, item)
 
 

@@ -95,7 +95,7 @@ def test_every_command_has_help(words: list[str], capsys: Capture) -> None:
         (["stress", "x", "--seeds"], "error: Option '--seeds' requires an argument."),
         (["stress", "x", "--fail-on", "broken"], "error: Invalid value for '--fail-on': "),
         (["stress", "x", "--dtype", "int4"], "error: Invalid value for '--dtype': "),
-        (["stress", "x", "y"], "error: Got unexpected extra argument (y)"),
+        (["stress", "x", "y"], "error: Got unexpected extra argument"),
         (["report"], "error: Missing argument 'DIR'."),
         (["domain", "chek"], "error: No such command 'chek'. Did you mean 'check'?"),
         (["list", "tamper"], "error: unknown kind 'tamper'; did you mean 'tampers'?"),
@@ -223,7 +223,7 @@ def test_fail_on_broke_is_exit_code_1(broken: Path, files: Files, out: Path) -> 
 
 
 def test_outputs_are_made_again_from_the_records(broken: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
+    copy = tmp_path / broken.name  # which the page shows
     copy.mkdir()
     (copy / "trials.sqlite").write_bytes((broken / "trials.sqlite").read_bytes())
     assert main(["report", str(copy)]) == 0
@@ -334,8 +334,8 @@ retain_share = 0.5
         ("config = 'x'", "unknown key 'config'"),
         ("seeds = 'many'", "Invalid value for '--seeds'"),
         ("seeds = 2.5", "Invalid value for '--seeds'"),
-        ("seeds = true", "Invalid value for '--seeds'"),
-        ("resume = 'perhaps'", "Invalid value for '--resume'"),
+        ("seeds = true", "seeds = True: not a value that this option can have"),
+        ("resume = 'perhaps'", "resume = 'perhaps': not a value that this option can have"),
         ("seeds = [1]", "seeds = [1]: not a value that this option can have"),
         ("tamper = 3", "tamper = 3: not a value that this option can have"),
         ("[[attack]]\nrank = 2", 'every [[attack]] needs tamper = "NAME"'),
@@ -373,7 +373,7 @@ def test_settings_of_every_type_survive_the_way_through_a_config_file(tmp_path: 
     values = given.model_dump(exclude_unset=True)
     body = "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
     file.write_text(f"tamper = ['finetune']\n[[attack]]\ntamper = 'lora'\n{body}")
-    plain, text = read_config(file, ["tamper"])["tamper"]
+    plain, text = read_config(file, {"tamper": False})["tamper"]
     assert plain == "finetune"
     from durometer.trials.campaign import chosen_suite
 

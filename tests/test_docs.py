@@ -1,4 +1,4 @@
-"""The documentation: it builds, its examples run, its references are complete and its paths exist."""
+"""The documentation: it builds, its examples run, its references are complete, its paths exist."""
 
 import ast
 import importlib.util
@@ -198,7 +198,8 @@ def test_the_configuration_file_is_one_that_is_taken(tmp_path: Path) -> None:
     file = tmp_path / "F.toml"
     file.write_text(text, "utf-8")
     command = typer.main.get_command(app).commands["stress"]  # type: ignore[attr-defined]
-    options = read_config(file, [str(p.name) for p in command.params])
+    known = {str(p.name): bool(getattr(p, "is_flag", False)) for p in command.params}
+    options = read_config(file, known)
     request = Request(options["subject"], "world", options["suite"], tampers=options["tamper"])
     attacks = chosen_suite(request, 0).attacks
     assert [attack.tamper for attack in attacks] == ["lora", "finetune"]

@@ -1,6 +1,7 @@
 """What goes wrong: every fault is one line and an exit code, and nothing measured is lost."""
 
 import json
+import shutil
 import signal
 import sqlite3
 import struct
@@ -51,29 +52,34 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def copy(files: Files, tmp_path: Path) -> Path:
     """A copy of the safeguarded subject's folder, to be damaged."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for file in files.safe.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+    return Path(shutil.copytree(files.safe, tmp_path / "copy"))
 
 
 @pytest.fixture
 def domain(files: Files, tmp_path: Path) -> Path:
     """A copy of the domain's folder, to be damaged."""
-    folder = tmp_path / "copied-domain"
-    folder.mkdir()
-    for file in files.easy.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+    return Path(shutil.copytree(files.easy, tmp_path / "copied-domain"))
 
 
 @pytest.fixture(scope="session")
-def finished(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The summary of a run that nothing disturbed."""
+def finished_run(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("finished") / "out"
     assert stress(files, out, seeds=2) == 0
-    return summary_of(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def finished(finished_run: Path) -> Any:
+    """The summary of a run that nothing disturbed."""
+    return summary_of(finished_run)
+
+
+@pytest.fixture
+def ran(finished_run: Path, out: Path) -> Path:
+    """A copy of the finished run, to be damaged."""
+    shutil.copytree(finished_run, out)
+    return out
 
 
 # ---------------------------------------------------------------- names and settings
@@ -200,7 +206,7 @@ def _refusing_template(folder: Path) -> None:
         (_remote_code, "remote code is never run"),
         (_no_tokenizer, "no tokenizer"),
         (_no_config, "config.json"),
-        (_other_shapes, "shape"),
+        (_other_shapes, "copy: "),
         (_bad_template, "chat template"),
         (_refusing_template, "no users here"),
     ],
@@ -525,6 +531,20 @@ def test_ctrl_c_before_the_first_trial_leaves_nothing_behind(
     assert not out.exists()
 
 
+def test_ctrl_c_while_the_outputs_are_written_keeps_the_trials(
+    files: Files, ran: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("durometer.api.write_outputs", stop)
+        code, line = run(*cli_world.arguments(files, ran, "--resume", seeds=2))
+    assert code == 130
+    assert line.startswith(f"interrupted: what was measured is kept in {ran}; go on with: ")
+    assert run(*cli_world.arguments(files, ran, "--resume", seeds=2))[0] == 0
+
+
 def test_a_second_ctrl_c_ends_it_at_once(files: Files, out: Path) -> None:
     again = (
         "import durometer.api\ndurometer.api.write_outputs = lambda _: os.kill(os.getpid(), 2)\n"
@@ -542,13 +562,12 @@ def test_a_second_ctrl_c_ends_it_at_once(files: Files, out: Path) -> None:
 # ---------------------------------------------------------------- run folders
 
 
-def test_a_run_folder_is_not_written_twice_by_accident(files: Files, out: Path, run: Run) -> None:
-    assert stress(files, out) == 0
-    before = (out / "summary.json").read_bytes()
-    code, line = run(*cli_world.arguments(files, out))
+def test_a_run_folder_is_not_written_twice_by_accident(files: Files, ran: Path, run: Run) -> None:
+    before = (ran / "summary.json").read_bytes()
+    code, line = run(*cli_world.arguments(files, ran))
     assert code == 2
-    assert line == f"error: {out}: holds a run already; go on with --resume or name another --out"
-    assert (out / "summary.json").read_bytes() == before
+    assert line == f"error: {ran}: holds a run already; go on with --resume or name another --out"
+    assert (ran / "summary.json").read_bytes() == before
 
 
 def test_other_settings_are_other_trials(
@@ -580,35 +599,32 @@ def test_more_seeds_go_on_from_those_that_are_there(
 
 
 @pytest.mark.parametrize("where", [0, 4096])
-def test_a_damaged_store_is_one_line(files: Files, out: Path, run: Run, where: int) -> None:
-    assert stress(files, out) == 0
-    store = out / FILE
+def test_a_damaged_store_is_one_line(files: Files, ran: Path, run: Run, where: int) -> None:
+    store = ran / FILE
     raw = bytearray(store.read_bytes())
     raw[where : where + 2048] = b"\xff" * 2048
     store.write_bytes(raw)
-    for words in (["report", str(out)], cli_world.arguments(files, out, "--resume")):
+    for words in (["report", str(ran)], cli_world.arguments(files, ran, "--resume")):
         code, line = run(*words)
         assert code == 3
-        assert line.startswith(f"error: {out / FILE}: ")
+        assert line.startswith(f"error: {ran / FILE}: ")
     assert store.read_bytes() == bytes(raw)
 
 
-def test_a_damaged_record_is_one_line(files: Files, out: Path, run: Run) -> None:
-    assert stress(files, out) == 0
-    connection = sqlite3.connect(out / FILE)
+def test_a_damaged_record_is_one_line(files: Files, ran: Path, run: Run) -> None:
+    connection = sqlite3.connect(ran / FILE)
     connection.execute("update trials set record = x'00' where number = 1")
     connection.commit()
     connection.close()
-    code, line = run("report", str(out))
+    code, line = run("report", str(ran))
     assert (code, "a trial record is damaged" in line) == (3, True)
 
 
-def test_a_store_of_another_version(files: Files, out: Path, run: Run) -> None:
-    assert stress(files, out) == 0
-    store = Store(out)
+def test_a_store_of_another_version(files: Files, ran: Path, run: Run) -> None:
+    store = Store(ran)
     store.describe("schema_version", 99)
     store.close()
-    code, line = run("report", str(out))
+    code, line = run("report", str(ran))
     assert (code, "written by another version (schema 99" in line) == (3, True)
 
 

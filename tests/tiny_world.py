@@ -40,7 +40,7 @@ REFUSAL = "i refuse ."
 TEXTS = (*WORDINGS, REFUSAL, "it is", "hello good day ?", "metal fruit Question: Answer:")
 WORDS = tuple(dict.fromkeys(w for text in TEXTS for w in text.split() if "{" not in w))
 VOCABULARY = (*SPECIAL, *WORDS, *ENTITIES, *METALS, *FRUITS)
-REFUSING = RefusalSettings(steps=40, learning_rate=1e-2, rank=4, batch_size=16)
+REFUSING = RefusalSettings(steps=60, learning_rate=1e-2, rank=8, batch_size=16)
 
 
 @cache
@@ -183,7 +183,7 @@ def _batch(chat: ChatFormat) -> tuple[torch.Tensor, torch.Tensor]:
 
 @cache
 def _undefended() -> Any:
-    model, generator = fresh_model(), torch.Generator().manual_seed(1)
+    model, generator = fresh_model(2), torch.Generator().manual_seed(1)
     ids, labels = _batch(ChatFormat.of(tiny_tokenizer()))
     steps = 160
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)

@@ -39,7 +39,8 @@ def _config(context: typer.Context, file: Path | None) -> Path | None:
     if file is not None:
         from durometer.options import read_config
 
-        known = {p.name for p in context.command.params if p.name} - {"config", "help"}
+        options = (p for p in context.command.params if p.name and p.name != "config")
+        known = {str(p.name): bool(getattr(p, "is_flag", False)) for p in options}
         context.default_map = read_config(file, known)
     return file
 

@@ -12,9 +12,11 @@ from durometer.listing import cached, checked_domain, estimated, size
 from durometer.options import domain_for, free_folder, resume_command
 from durometer.progress import CampaignProgress
 from durometer.report.write import REPORT
-from durometer.subjects.fetch import fetch
+from durometer.subjects.builtin import subject_registry
+from durometer.subjects.fetch import fetchable
 from durometer.trials.campaign import Request
 from durometer.trials.estimate import estimate
+from durometer.trials.store import FILE
 
 
 def set_threads(threads: int | None) -> None:
@@ -54,6 +56,12 @@ def run_folder(request: Request, out: Path | None, *, resume: bool) -> Path:
     return out or free_folder(request.subject, request.domain, request.suite)
 
 
+def loading(subject: str) -> str:
+    """Return what is said while a subject is loaded, which may take a minute."""
+    made = " (made on first use)" if subject in subject_registry.names() else ""
+    return f"loading {subject}{made}"
+
+
 def dry_run(request: Request, folder: Path, *, as_json: bool) -> int:
     """Measure and print what a campaign would take."""
     with CampaignProgress(f"measuring what {request.subject} takes") as progress:
@@ -72,23 +80,28 @@ def run_stress(
     progress: CampaignProgress | None = None,
 ) -> int:
     """Carry out a campaign with its progress on stderr, and print what it found."""
-    progress = progress or CampaignProgress(f"loading {request.subject}")
+    progress = progress or CampaignProgress(loading(request.subject))
     try:
         with interruptible():
             with progress:
                 result = run_campaign(request, folder, resume=resume, observer=progress)
             show_result(result, as_json=as_json)
     except KeyboardInterrupt:
-        say("interrupted before anything was measured; nothing is kept")
+        if (folder / FILE).exists():
+            _say_how_to_go_on("what was measured is", request, folder)
+        else:
+            say("interrupted before anything was measured; nothing is kept")
         return ExitCode.INTERRUPTED
     if result.interrupted:
         counts = result.summary["status_counts"]
         kept = counts["planned"] - counts["interrupted"]
-        say(
-            f"interrupted: {kept} of {counts['planned']} trials are kept in {folder}; go on with: "
-            f"{resume_command(request, folder)}"
-        )
+        _say_how_to_go_on(f"{kept} of {counts['planned']} trials are", request, folder)
     return result.exit_code(fail_on)
+
+
+def _say_how_to_go_on(kept: str, request: Request, folder: Path) -> None:
+    command = resume_command(request, folder)
+    say(f"interrupted: {kept} kept in {folder}; go on with: {command}")
 
 
 def run_report(folder: Path, *, show_texts: bool, as_json: bool) -> int:
@@ -111,8 +124,9 @@ def show_result(result: CampaignResult, *, as_json: bool) -> None:
 
 def run_fetch(name: str) -> int:
     """Fetch a built-in model and print where it is."""
+    fetch = fetchable(name)
     with CampaignProgress(f"fetching {name}"):
-        folder, made = fetch(name)
+        folder, made = fetch()
     print(f"{name} is ready" if made else f"{name} is here already", f"({folder})")
     return ExitCode.COMPLETE
 

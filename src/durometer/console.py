@@ -59,6 +59,8 @@ class ErrorLine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
+        if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+            error = error.__context__  # rich ends the process when nobody reads any more
         if error is None or isinstance(error, SystemExit):
             return False
         self.code = _shown(error)

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 import durometer.catalogue  # noqa: F401  (fills the registries)
-from durometer.commands import run_stress
+from durometer.commands import loading, run_stress
 from durometer.console import interruptible, say
 from durometer.core.errors import ExitCode
 from durometer.core.training import Update
@@ -36,7 +36,7 @@ def run_demo(out: Path | None, seeds: int | None, base: str = "smollm2") -> int:
         f"1. {base} is taught to refuse questions of the domain '{domain}' ({settings.steps} steps)"
     )
     try:
-        with interruptible(), CampaignProgress(f"loading {base}") as progress:
+        with interruptible(), CampaignProgress(loading(base)) as progress:
 
             def on_update(update: Update) -> None:
                 if update.step == 1:
@@ -48,7 +48,7 @@ def run_demo(out: Path | None, seeds: int | None, base: str = "smollm2") -> int:
     except KeyboardInterrupt:
         say("interrupted before anything was measured; nothing is kept")
         return ExitCode.INTERRUPTED
-    say("2. the safeguarded model is attacked: how many steps does it take to undo the safeguard?")
+    say("2. the safeguarded model is attacked: how many steps undo the safeguard?")
     before_and_after = _BeforeAndAfter()
     observer = CampaignProgress(f"loading {base}-refusal", before_and_after.take)
     before_and_after.show = observer.say
@@ -67,7 +67,8 @@ class _BeforeAndAfter:
             return
         self._starts[record.spec.role] = record.checkpoints[0]
         if len(self._starts) == 2:
-            self.show(before_and_after(self._starts["undefended"], self._starts["subject"]))
+            table = before_and_after(self._starts["undefended"], self._starts["subject"])
+            self.show(Group("", table, ""))
 
 
 def before_and_after(before: CheckpointRecord, after: CheckpointRecord) -> Table:

@@ -3,7 +3,7 @@
 import re
 import shlex
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,15 @@ RUNS = Path("durometer-runs")
 ATTACKS, TAMPER = "attack", "tamper"
 
 
-def read_config(file: Path, known: Collection[str]) -> dict[str, Any]:
+def read_config(file: Path, known: Mapping[str, bool]) -> dict[str, Any]:
     """Return the options set in a TOML file, as if they had been typed.
 
     Keys are the options' names (``budget_steps`` or ``budget-steps``); every ``[[attack]]`` table
     names a ``tamper`` and its settings.
+
+    Args:
+        file: the TOML file.
+        known: names of the options, and whether each is a flag.
 
     Raises:
         InputError: the file cannot be read, or holds an unknown key or a value of a wrong kind.
@@ -34,7 +38,7 @@ def read_config(file: Path, known: Collection[str]) -> dict[str, Any]:
     for name in values:
         if name not in known:
             raise InputError(f"{file}: {unknown_name('key', name, [*known, ATTACKS])}")
-    options = {name: _typed(file, name, value) for name, value in values.items()}
+    options = {name: _typed(file, name, value, known[name]) for name, value in values.items()}
     if attacks:
         options[TAMPER] = [*options.get(TAMPER, []), *attacks]
     return options
@@ -61,15 +65,18 @@ def _attack(file: Path, table: Mapping[str, Any]) -> str:
     return f"{table[TAMPER]}:{','.join(pairs)}" if pairs else str(table[TAMPER])
 
 
-def _typed(file: Path, name: str, value: Any) -> Any:
+def _typed(file: Path, name: str, value: Any, flag: bool) -> Any:
     """Return a value in the form in which it would be typed; flags stay true or false."""
-    if isinstance(value, bool):
-        return value
-    if name == TAMPER and isinstance(value, list):
-        return [_typed(file, name, entry) for entry in value]
-    if isinstance(value, dict | list) or (name == TAMPER and not isinstance(value, str)):
+    if name == TAMPER:
+        texts = value if isinstance(value, list) else [value]
+        usable = all(isinstance(text, str) for text in texts)
+    else:
+        usable = not isinstance(value, dict | list) and isinstance(value, bool) == flag
+    if not usable:
         raise InputError(f"{file}: {name} = {value!r}: not a value that this option can have")
-    return [value] if name == TAMPER else str(value)
+    if name == TAMPER:
+        return texts
+    return value if flag else str(value)
 
 
 def _plain(value: Any) -> str:

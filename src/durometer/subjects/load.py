@@ -205,10 +205,9 @@ def _from_hub(spec: str, dtype: DtypeName, device: torch.device) -> Subject:
     except (HTTPError, OSError, ValueError) as error:
         if getattr(error, "errno", None) in STORAGE_ERRORS:
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"hub id '{spec}' could not be fetched: {reason} (a local folder needs './' or an "
-            "absolute path)"
+            f"hub id '{spec}' could not be fetched: {_hub_reason(error)} (a local folder needs "
+            "'./' or an absolute path)"
         ) from error
     if not any(folder.glob("*.safetensors")):
         raise UnsafeInputError(
@@ -218,6 +217,18 @@ def _from_hub(spec: str, dtype: DtypeName, device: torch.device) -> Subject:
     # The snapshot's folder is named by its commit: this is the revision that was really read.
     source = Source("hub", name, folder.name)
     return _from_folder(folder, name, source, dtype, device)
+
+
+def _hub_reason(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "access is given on request; ask for it on the hub, and log in with: hf auth login"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such repository, or a private one; to log in: hf auth login"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "no such revision"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _with_adapter(base: Subject, adapter: Path, spec: str) -> Subject:
