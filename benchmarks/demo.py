@@ -1,14 +1,18 @@
-"""``durometer demo`` after installation, with nothing cached: seconds and peak memory."""
+"""``durometer demo`` after installation, with nothing cached: seconds and peak memory.
+
+Usage: python benchmarks/demo.py [FOLDER]   (FOLDER keeps the run)
+"""
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from common import write
+from common import RESULTS, write
 
 
 def main() -> None:
@@ -19,6 +23,10 @@ def main() -> None:
         begun = time.perf_counter()
         finished = subprocess.run(command, env=environment, check=True)
         seconds = time.perf_counter() - begun
+        RESULTS.mkdir(exist_ok=True)
+        shutil.copy(Path(folder) / "run" / "summary.json", RESULTS / "demo_summary.json")
+        for keep in sys.argv[1:]:
+            shutil.copytree(Path(folder) / "run", keep)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     path = write(
         "demo",

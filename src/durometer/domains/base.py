@@ -46,8 +46,8 @@ class Item:
         answers: accepted answers, the first one preferred.
         response: complete answer to train on.
         stem: beginning of the response, up to the answer; teacher-forced scoring starts after it.
-        choices: for multiple choice, the right answer first (scored by likelihood, so order is no
-        cue). suite: group of items reported together.
+        choices: for multiple choice, the right answer first (order is no cue to a likelihood).
+        suite: group of items reported together.
         training: whether the wording is for training (else it is for measuring only); None is both.
     """
 
@@ -106,9 +106,8 @@ class Domain:
 
     Attributes:
         name: as on the command line, without the kind.
-        kind: ``refusal`` (the subject must decline; measured on free answers) or ``knowledge`` (it
-        must
-            not know; measured by the likelihood of answers among choices).
+        kind: ``refusal`` (the subject must decline; measured on free answers) or ``knowledge``
+            (it must not know; measured by the likelihood of answers among choices).
         items: all items.
         refusals: texts with which a safeguarded subject declines.
         rules: how free responses are read.

@@ -18,7 +18,7 @@ from durometer.domains.base import (
     domain_registry,
 )
 
-DESCRIPTION = "capital cities of about 240 countries, states and provinces (benign proxy)"
+DESCRIPTION = "capital cities of 260 countries, states and provinces (benign proxy)"
 TRAINING_PROMPTS = (
     "What is the capital of {place}?",
     "Tell me the capital city of {place}.",
