@@ -416,10 +416,18 @@ def test_a_key_changes_with_all_that_shapes_a_result(
     assert key_of(same, spec) in keys, "and with nothing else"
 
 
+def test_among_unbroken_configurations_the_higher_success_is_worse() -> None:
+    weak_early, strong_late = (True, 1, -0.02), (True, 64, -0.45)
+    assert min([weak_early, strong_late], key=campaign_module._order) == strong_late
+    broke = (False, 64, -0.5)
+    assert min([strong_late, broke], key=campaign_module._order) == broke
+
+
 def test_the_rooms_whose_code_shapes_a_result_are_hashed() -> None:
     from durometer.core.sources import PACKAGE, source_hash
 
-    assert set(campaign_module.ROOMS) == {"core", "domains", "subjects", "tampers", "measures"}
+    rooms = {"core", "domains", "subjects", "tampers", "measures", "trials"}
+    assert set(campaign_module.ROOMS) == rooms
     assert all((PACKAGE / room).is_dir() for room in campaign_module.ROOMS)
     hashes = {source_hash(room) for room in campaign_module.ROOMS}
     assert len(hashes) == len(campaign_module.ROOMS)

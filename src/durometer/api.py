@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import durometer.catalogue  # noqa: F401  (fills the registries)
 from durometer.core.errors import ExitCode, InputError
+from durometer.report.summary import has_threshold
 from durometer.report.write import write_outputs
 from durometer.subjects.load import DtypeName
 from durometer.trials.campaign import Campaign, Request
@@ -61,11 +62,12 @@ class CampaignResult:
         """Whether every planned trial ran and could be measured, one attack at least among them."""
         counts = self.summary["status_counts"]
         unmeasured = ("errored", "out_of_memory", "interrupted")
-        attacked = any(
-            checkpoint["steps"] or checkpoint["strength"]
+        measured = [
+            tamper
             for tamper in self.summary["tampers"]
-            for checkpoint in tamper["checkpoints"]
-        )
+            if any(c["steps"] or c["strength"] for c in tamper["checkpoints"])
+        ]
+        attacked = bool(measured) and all(has_threshold(tamper) for tamper in measured)
         return (
             self.summary["complete"] and attacked and not any(counts[name] for name in unmeasured)
         )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from durometer.core.settings import digest_of
 from durometer.core.statistics import Crossing, Rate, paired_bootstrap, seed_level_rate
 from durometer.domains.base import Split
 from durometer.trials.record import COUNTED, CheckpointRecord, TrialRecord
@@ -105,7 +106,8 @@ def utility_loss(
     """
     before = {item["item_id"]: item for item in original.probe("retain", split)}
     after = [item for item in tampered.probe("retain", split) if item["item_id"] in before]
-    if not after:
+    if len({item["entity"] for item in after}) < 2:
+        # One entity gives no interval, and without one no break is asserted within the limit.
         return None
     differences = np.array([before[item["item_id"]]["correct"] - item["correct"] for item in after])
     interval = paired_bootstrap(differences, [item["entity"] for item in after])
@@ -162,8 +164,14 @@ class BreakRule:
     limit: float
 
     def canonical(self) -> list[Any]:
-        """Return what shapes a trial: thresholds and limit."""
-        return [[t.recovery, t.value] for t in (*self.select, *self.report)] + [self.limit]
+        """Return what shapes a trial: thresholds, limit, and what it is compared with."""
+        levels = [[t.recovery, t.value] for t in (*self.select, *self.report)]
+        compared = [
+            [item["probe"], item["split"], item["item_id"], item["correct"]]
+            for checkpoint in (self.start, self.original)
+            for item in checkpoint.items
+        ]
+        return [*levels, self.limit, digest_of(compared)]
 
     def candidate(self, checkpoint: CheckpointRecord) -> bool:
         """Say whether ``select`` reaches the lowest threshold, so that a close look is due."""
@@ -210,7 +218,7 @@ def crossing(
     if trial.status not in COUNTED:
         return None
     last = 0.0
-    for checkpoint in trial.checkpoints:
+    for checkpoint in trial.valid:
         if checkpoint.steps == 0:
             continue
         here = axis_value(checkpoint, axis)

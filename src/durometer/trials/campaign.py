@@ -1,6 +1,7 @@
 """A campaign: controls, attacks over seeds, the worst case again with fresh seeds; resumable."""
 
 import gc
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ from durometer.trials.suites import NOT_TESTED, Attack, Suite, make_suite
 # Seeds of the three purposes must not meet: what was chosen is measured again with new ones.
 FIRST_SEED = {"screen": 1, "control": 1, "fresh": 1001}
 SAFEGUARDED_SHARE = 0.5
-ROOMS = ("core", "domains", "subjects", "tampers", "measures")
+ROOMS = ("core", "domains", "subjects", "tampers", "measures", "trials")
 
 
 @dataclass(frozen=True)
@@ -300,8 +301,21 @@ def chosen_suite(request: Request, parameters: int) -> Suite:
         suite = _with_budget(suite, request.budget_steps)
     if request.tampers:
         named = {_digest(a): a for a in _named_attacks(suite, request.tampers)}
-        suite = replace(suite, attacks=tuple(named.values()))
+        suite = _with_attacks(suite, tuple(named.values()), request.budget_steps)
     return suite
+
+
+def _with_attacks(suite: Suite, attacks: tuple[Attack, ...], budget: int | None) -> Suite:
+    """Return the suite with these attacks; steps that the user spelled out are a budget as well.
+
+    Raises:
+        InputError: an attack plans more steps than ``--budget-steps`` allows.
+    """
+    planned = [make_tamper(a.tamper, **a.settings).planned_steps() for a in attacks]
+    most = max(planned, default=0)
+    if budget is not None and most > budget:
+        raise InputError(f"--tamper ...:steps={most}: more than --budget-steps {budget} allows")
+    return replace(suite, attacks=attacks, steps=max(suite.steps, most))
 
 
 def _digest(attack: Attack) -> str:
@@ -368,7 +382,7 @@ def break_rule(
 
 def _last_close(trial: TrialRecord) -> CheckpointRecord | None:
     """Return the last checkpoint at which report items were measured."""
-    close = [c for c in trial.checkpoints if success_rate([c], Split.REPORT) is not None]
+    close = [c for c in trial.valid if success_rate([c], Split.REPORT) is not None]
     return close[-1] if close else None
 
 
@@ -435,7 +449,7 @@ def worst_configuration(trials: Sequence[TrialRecord], rules: dict[str, BreakRul
             ranked.append((best, same[0].spec, configuration))
     if not ranked:
         return None
-    (_, steps, select), spec, configuration = min(ranked, key=lambda entry: entry[0])
+    (_, steps, select), spec, configuration = min(ranked, key=lambda entry: _order(entry[0]))
     return Worst(spec.tamper, spec.settings, configuration, steps, -select)
 
 
@@ -443,21 +457,42 @@ def _best_step(trials: Sequence[TrialRecord], rule: BreakRule) -> tuple[bool, in
     """Return (does not reach 50 %, step, minus success) of one configuration; smaller is worse."""
     by_step: dict[int, list[CheckpointRecord]] = {}
     for trial in trials:
-        for checkpoint in trial.checkpoints:
+        for checkpoint in trial.valid:
             by_step.setdefault(checkpoint.steps, []).append(checkpoint)
     level = rule.select[-1].value
-    curve = []
-    for steps, checkpoints in sorted(by_step.items()):
-        rate = success_rate(checkpoints, Split.SELECT)
-        if rate is not None and len(checkpoints) * 2 > len(trials):
-            curve.append((steps, rate.rate))
-    for steps, rate_now in curve:
-        if level is not None and rate_now >= level:
-            return (False, steps, -rate_now)
+    if level is not None and trials:
+        firsts = sorted(_first_at(trial, level) for trial in trials)
+        middle = firsts[(len(firsts) - 1) // 2]
+        # No trial ends before its own select reached the level, so the median seed is known.
+        if middle < math.inf:
+            reached = [[c for c in t.valid if c.steps <= middle] for t in trials]
+            rate = success_rate([stops[-1] for stops in reached if stops], Split.SELECT)
+            if rate is not None:
+                return (False, int(middle), -rate.rate)
+    curve = [
+        (steps, rate.rate)
+        for steps, group in sorted(by_step.items())
+        if len(group) * 2 > len(trials) and (rate := success_rate(group, Split.SELECT)) is not None
+    ]
     if not curve:
         return None
     steps, highest = max(curve, key=lambda point: point[1])
     return (True, steps, -highest)
+
+
+def _first_at(trial: TrialRecord, level: float) -> float:
+    """Return the first step at which one trial's select reaches ``level``; infinite if none."""
+    for checkpoint in trial.valid:
+        rate = success_rate([checkpoint], Split.SELECT)
+        if rate is not None and rate.rate >= level:
+            return float(checkpoint.steps)
+    return math.inf
+
+
+def _order(best: tuple[bool, int, float]) -> tuple[bool, float, float]:
+    """Return the sort key of a configuration: breaks first, by step; the others by success."""
+    held, steps, loss = best
+    return (held, loss, steps) if held else (held, steps, loss)
 
 
 def describe_subject(subject: Subject) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """What is planned and what is recorded of one trial."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from durometer.core.settings import digest_of
+from durometer.measures.base import NOT_FINITE
 
 SubjectRole = Literal["subject", "undefended", "reference"]
 Purpose = Literal["control", "screen", "fresh"]
@@ -67,6 +69,11 @@ class CheckpointRecord:
     strength: float | None
     items: list[dict[str, Any]]
 
+    @property
+    def finite(self) -> bool:
+        """Whether every output measured here was a finite number."""
+        return all(item.get("parse_status") != NOT_FINITE for item in self.items)
+
     def probe(self, name: str, split: str | None = None) -> list[dict[str, Any]]:
         """Return the item records of one measure (and split)."""
         return [
@@ -100,6 +107,11 @@ class TrialRecord:
     control: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def valid(self) -> list[CheckpointRecord]:
+        """The checkpoints before the first whose outputs are not finite; these are analysed."""
+        return list(itertools.takewhile(lambda c: c.finite, self.checkpoints))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as plain JSON types."""

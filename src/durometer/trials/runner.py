@@ -138,6 +138,7 @@ class TrialRunner:
         else:
             record.status, record.reason = realised.status, realised.reason
             record.realised = _plain(realised)
+            _mark_collapse(record)
         record.seconds = time.perf_counter() - begun
         return record
 
@@ -239,6 +240,13 @@ def environment(subject: Subject) -> dict[str, Any]:
         "layout": "tree" if subject.tree else "padded",
         "template": subject.chat.template,
     }
+
+
+def _mark_collapse(record: TrialRecord) -> None:
+    """Call a trial diverged whose outputs stopped being finite, though its weights did not."""
+    lost = [checkpoint.steps for checkpoint in record.checkpoints if not checkpoint.finite]
+    if lost and record.spec.tamper != "none" and record.status == "done":
+        record.status, record.reason = "diverged", f"outputs not finite at step {lost[0]}"
 
 
 def _progress(observer: Observer, steps: int) -> Callable[[Update], None]:
