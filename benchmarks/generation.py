@@ -20,7 +20,7 @@ from durometer.measures.outcomes import classify, decided
 from durometer.measures.responses import MAX_TOKENS
 from durometer.subjects.base import Subject
 
-BATCH, ROUNDS = 32, 3
+BATCH, ROUNDS = 32, 2
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def run(name: str, dtype: Any) -> dict[str, Any]:
 def main() -> None:
     """Measure the undefended and the safeguarded model in fp32 and in the default dtype."""
     cases = [
-        run(name, dtype) for name in ("smollm2", "smollm2-refusal") for dtype in ("float32", "auto")
+        run(name, dtype) for name in ("smollm2-refusal", "smollm2") for dtype in ("float32", "auto")
     ]
     path = write(
         "generation",
