@@ -89,7 +89,7 @@ def build_summary(store: Store) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
-        "subject": _brief(subjects.get("subject")),
+        "subject": subjects.get("subject"),
         "domain": run.described("domain"),
         "suite": suite,
         "seeds": suite["seeds"],
@@ -176,10 +176,6 @@ def _broken_verdict(tamper: dict[str, Any], broken: int, judged: int) -> str:
 def _budget_order(tamper: dict[str, Any]) -> tuple[float, float]:
     budget = tamper["budget_to_break"]
     return (budget["steps"] or float("inf"), budget["flops"] or float("inf"))
-
-
-def _brief(subject: dict[str, Any] | None) -> dict[str, Any] | None:
-    return subject
 
 
 def _rules(
@@ -470,7 +466,7 @@ def _zero_control(run: Run, baselines: dict[SubjectRole, TrialRecord]) -> dict[s
     shown = f"{100 * rate.rate:.1f} %" if rate else "not measured"
     return _control(
         "zero_steps",
-        "pass",
+        "pass" if rate else "not_run",
         f"untampered, the subject gives {shown} of the restricted answers (report items)",
         trial=trial.key,
         success=_rate(rate),
