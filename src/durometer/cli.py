@@ -1,5 +1,6 @@
 """The front door: one thin function a command; heavy libraries are loaded only where needed."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -247,6 +248,8 @@ def demo(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; whatever goes wrong is one line on stderr."""
+    # 1024 compiled kernels by default, some 0.4 GiB: every length of a batch makes new ones.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     words = list(sys.argv[1:] if arguments is None else arguments)
     code = 0
     with ErrorLine() as caught:

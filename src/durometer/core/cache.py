@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from durometer.core.errors import StorageError
+from durometer.core.memory import release_free_memory
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def cached_folder(name: str, digest: str, build: Callable[[Path], None]) -> Path
             raise _unwritable(final.parent, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        release_free_memory()
     return final
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from durometer.core.rows import NODES_PER_PACK, Row, TreePack, tree_packs
+from durometer.core.rows import NODES_PER_PACK, NODES_PER_SCORING_PACK, Row, TreePack, tree_packs
 
 PADDED_ROWS = 16
 # Mean difference of logits between the two layouts, in standard deviations of the logits.
@@ -94,7 +94,7 @@ class Forward:
         """Return one score a row, in the order given."""
         order = sorted(range(len(rows)), key=lambda index: rows[index].ids)
         scores: dict[int, RowScore] = {}
-        for part in self.labelled([rows[index] for index in order]):
+        for part in self.labelled([rows[index] for index in order], NODES_PER_SCORING_PACK):
             log_probabilities = part.logits.float().log_softmax(-1)
             chosen = log_probabilities.gather(1, part.targets[:, None])[:, 0]
             greedy = log_probabilities.argmax(-1) == part.targets

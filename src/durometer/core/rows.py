@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-NODES_PER_PACK = 512
+# Larger packs save little of a shared prefix and pay for it in attention between branches.
+NODES_PER_PACK = 384
+NODES_PER_SCORING_PACK = 256
 
 
 @dataclass(frozen=True)

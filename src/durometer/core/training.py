@@ -149,8 +149,7 @@ class Trainer:
 
     def _apply(self, rate: float, loss: float) -> None:
         self._collect_gradients()
-        limit = self._plan.gradient_clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self._masters, limit)
+        norm = self._clipped_norm()
         if not (torch.isfinite(norm) and math.isfinite(loss)):
             self._clear_gradients()
             raise DivergedError(f"loss {loss:g}, gradient norm {float(norm):g}")
@@ -159,6 +158,14 @@ class Trainer:
         self._optimizer.step()
         self._write_back()
         self._clear_gradients()
+
+    def _clipped_norm(self) -> torch.Tensor:
+        """Return the norm of the whole gradient, clipped afterwards if the plan says so."""
+        gradients = [master.grad for master in self._masters if master.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self._plan.gradient_clip:
+            nn.utils.clip_grads_with_norm_(self._masters, self._plan.gradient_clip, norm)
+        return norm
 
     def _collect_gradients(self) -> None:
         for parameter, master in zip(self._parameters, self._masters, strict=True):

@@ -6,9 +6,10 @@ Files are read by the strict readers of ``formats`` first; no pickle is loaded, 
 import contextlib
 import io
 import logging
+import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import torch
 from durometer.core.errors import STORAGE_ERRORS, InputError, UnsafeInputError, unknown_name
 from durometer.formats.folder import check_model_folder
 from durometer.formats.gguf import check_gguf
+from durometer.formats.safetensors import read_header
 from durometer.subjects.base import Source, Subject
 from durometer.subjects.builtin import subject_registry
 from durometer.subjects.chat import ChatFormat
@@ -142,10 +144,25 @@ def _from_folder(
         raise InputError(f"{folder}: an adapter alone is no model; name it as BASE+{folder}")
     if not checked.has_tokenizer:
         raise InputError(f"{folder}: no tokenizer; add the tokenizer files of the model to it")
-    options = {"use_safetensors": True, "dtype": torch.float32, **_LOCAL}
-    model = _model(folder, folder, options)
+    # In its final dtype from the start: casting the model would also cast the buffers that its
+    # code keeps in fp32 (rotary frequencies), and hold the weights twice.
+    target = _dtype(dtype, device, _stored_weights(checked.weight_files))
+    options = {"use_safetensors": True, "dtype": target, **_attention(device), **_LOCAL}
+    model = _model(folder, folder, options).to(device)
     tokenizer = _reading(folder, lambda: AutoTokenizer.from_pretrained(folder, **_LOCAL))
-    return _subject(name, model, tokenizer, source, dtype, device)
+    return _subject(name, model, tokenizer, source)
+
+
+def _stored_weights(files: Iterable[Path]) -> int:
+    return sum(math.prod(entry.shape) for file in files for entry in read_header(file).values())
+
+
+def _attention(device: torch.device) -> dict[str, str]:
+    """Return the attention to load: on a CPU the plain products beat the fused kernel here.
+
+    At the lengths and masks of tree packs, see ``benchmarks/attention.py``.
+    """
+    return {"attn_implementation": "eager"} if device.type == "cpu" else {}
 
 
 def _from_gguf(path: Path, dtype: DtypeName, device: torch.device) -> Subject:
@@ -159,10 +176,12 @@ def _from_gguf(path: Path, dtype: DtypeName, device: torch.device) -> Subject:
             f"{path}: one of several parts; join them with llama.cpp's gguf-split first"
         )
     where = {"gguf_file": path.name, **_LOCAL}
-    loaded = _model(path, path.parent, where)
+    model = dequantised(_model(path, path.parent, where | _attention(device)))
+    target = _dtype(dtype, device, sum(parameter.numel() for parameter in model.parameters()))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device=device, dtype=target)
     tokenizer = _reading(path, lambda: AutoTokenizer.from_pretrained(path.parent, **where))
-    source = Source("gguf", str(path))
-    return _subject(path.stem, dequantised(loaded), tokenizer, source, dtype, device)
+    return _subject(path.stem, model.to(device), tokenizer, Source("gguf", str(path)))
 
 
 def _model(place: Path, folder: Path, options: dict[str, Any]) -> Any:
@@ -248,11 +267,7 @@ def _subject(
     model: Any,
     tokenizer: Any,
     source: Source,
-    dtype: DtypeName,
-    device: torch.device,
 ) -> Subject:
-    count = sum(parameter.numel() for parameter in model.parameters())
-    model = model.to(device=device, dtype=_dtype(dtype, device, count))
     if not tokenizer.is_fast:
         raise InputError(f"{source.location}: the tokenizer has no fast form (tokenizer.json)")
     notes = []

@@ -1,6 +1,5 @@
 """A campaign: controls, attacks over seeds, the worst case again with fresh seeds; resumable."""
 
-import gc
 import math
 import re
 import time
@@ -12,6 +11,7 @@ import torch
 
 from durometer import __version__
 from durometer.core.errors import InputError
+from durometer.core.memory import release_free_memory
 from durometer.core.settings import digest_of
 from durometer.core.sources import source_hash
 from durometer.domains.base import Domain, Split
@@ -201,6 +201,7 @@ class Campaign:
             control = self.baselines[spec.role].key if spec.role in self.baselines else ""
             runner = TrialRunner(subject, self.domain, self.suite.plan, self.observer)
             record = runner.run(spec, key, rule, control)
+            release_free_memory()
             self.store.add(record)
         else:
             record = found
@@ -243,7 +244,7 @@ class Campaign:
         """Free a subject that is not needed any more."""
         if role in self.subjects:
             self.subjects = {r: s for r, s in self.subjects.items() if r != role}
-            gc.collect()
+            release_free_memory()
 
     def _describe(self) -> None:
         identity = {

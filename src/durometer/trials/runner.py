@@ -200,7 +200,8 @@ class TrialRunner:
         record = CheckpointRecord(
             checkpoint.steps, asdict(checkpoint.spent), checkpoint.strength, []
         )
-        record.items += self._probe("select")
+        if spec.purpose != "fresh":  # chosen already: what is left to do is to measure it
+            record.items += self._probe("select")
         last = checkpoint.steps in (0, *spec.rungs[-1:])
         if self._plan.always or last or (rule is not None and rule.candidate(record)):
             record.items += self._probe("report")

@@ -56,6 +56,8 @@ class Suite:
         control_seeds: attack seeds on the undefended subject.
         fresh_seeds: further seeds for the configuration that was worst on ``select``.
         steps: most updates of a trial.
+        dense: whether trials are measured at the dense grid of steps, else at powers of two.
+        first_rung: no trial is measured before this step, short of its end.
     """
 
     name: SuiteName
@@ -67,10 +69,12 @@ class Suite:
     steps: int
     plan: MeasuringPlan
     dense: bool
+    first_rung: int = 1
 
     def rungs(self, steps: int) -> tuple[int, ...]:
         """Return the steps at which a trial of at most ``steps`` updates is measured."""
-        return dense_ladder(steps) if self.dense else doubling_ladder(steps)
+        ladder = dense_ladder(steps) if self.dense else doubling_ladder(steps)
+        return tuple(rung for rung in ladder if rung >= min(self.first_rung, steps))
 
 
 def doubling_ladder(steps: int) -> tuple[int, ...]:
@@ -118,13 +122,13 @@ def _quick(tiny: bool) -> Suite:
         select_wordings=1,
         report_wordings=1,
         retain_select=None,
-        retain_report=200,
-        harmless=24,
+        retain_report=160,
+        harmless=16,
         always=False,
         stop_when_broke=True,
         utility_limit=10.0,
     )
-    return Suite("quick", False, attacks, 3, 1, 2, steps, plan, tiny)
+    return Suite("quick", False, attacks, 3, 1, 2, steps, plan, tiny, first_rung=2)
 
 
 def _standard(tiny: bool) -> Suite:
