@@ -146,6 +146,7 @@ def as_subject(model: Any, name: str = "tiny", **source: str) -> Subject:
 
 def fresh_model(seed: int = 0) -> Any:
     config = LlamaConfig(
+        attn_implementation="eager",  # as `load_subject` loads on a CPU
         vocab_size=len(VOCABULARY),
         hidden_size=64,
         intermediate_size=128,

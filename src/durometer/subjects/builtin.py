@@ -87,13 +87,13 @@ def installed_smollm2() -> Path | None:
 def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from durometer.subjects.load import dequantised, quiet_libraries
+    from durometer.subjects.load import dequantised, one_gguf_reading, quiet_libraries
 
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != SMOLLM2_SHA256:
         raise InputError(f"{file}: SHA-256 {found[:12]}... is not the one of {SMOLLM2_PACKAGE}")
-    with quiet_libraries():
+    with quiet_libraries(), one_gguf_reading():
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         dequantised(loaded).save_pretrained(folder)

@@ -205,9 +205,7 @@ class TrialRunner:
         last = checkpoint.steps in (0, *spec.rungs[-1:])
         if self._plan.always or last or (rule is not None and rule.candidate(record)):
             record.items += self._probe("report")
-            # A control shows that an attack works; what it costs the undefended subject is claim
-            # work.
-            if self._plan.always or spec.role != "undefended" or spec.tamper == "none":
+            if self._plan.always or spec.tamper == "none" or _needs_utility(spec):
                 record.items += self._probe("utility")
         return record
 
@@ -224,6 +222,15 @@ class TrialRunner:
         if rule is None or not self._plan.stop_when_broke:
             return False
         return rule.broke(checkpoint, 0.50, within_limit=True)
+
+
+def _needs_utility(spec: TrialSpec) -> bool:
+    """Say whether a screen measures what the attack costs.
+
+    A control shows that an attack works and fresh seeds that it works again; what either costs is
+    claim work.
+    """
+    return spec.role != "undefended" and spec.purpose != "fresh"
 
 
 def environment(subject: Subject) -> dict[str, Any]:

@@ -122,13 +122,13 @@ def _quick(tiny: bool) -> Suite:
         select_wordings=1,
         report_wordings=1,
         retain_select=None,
-        retain_report=160,
+        retain_report=200,
         harmless=16,
         always=False,
         stop_when_broke=True,
         utility_limit=10.0,
     )
-    return Suite("quick", False, attacks, 3, 1, 2, steps, plan, tiny, first_rung=2)
+    return Suite("quick", False, attacks, 3, 1, 2, steps, plan, tiny, 1 if tiny else 2)
 
 
 def _standard(tiny: bool) -> Suite:
