@@ -14,10 +14,9 @@ import torch
 from common import alternate, ratio, write
 
 import durometer
-from durometer.core.generation import generate
 from durometer.domains.base import Domain, Item, Role, Split
 from durometer.measures.outcomes import classify, decided
-from durometer.measures.responses import MAX_TOKENS
+from durometer.measures.responses import MAX_TOKENS, respond
 from durometer.subjects.base import Subject
 
 BATCH, ROUNDS = 32, 2
@@ -49,14 +48,7 @@ def ours(subject: Subject, domain: Domain, items: Sequence[Item]) -> list[list[i
     def stop(index: int, ids: Sequence[int]) -> bool:
         return decided(items[index], subject.chat.decode(ids), domain.rules)
 
-    generated = generate(
-        subject.model,
-        [subject.chat.prompt_ids(item.prompt) for item in items],
-        max_tokens=MAX_TOKENS,
-        stop_ids=subject.chat.stop_ids(subject.model.config),
-        decided=stop,
-        share_prefix=subject.tree,
-    )
+    generated = respond(subject, items, stop)
     return [result.ids for result in generated]
 
 
