@@ -1,19 +1,10 @@
 """Imports every built-in method, so that the registries know them all."""
 
-from durometer.domains import capitals, world
-from durometer.measures import likelihood, responses
-from durometer.safeguards import refusal
-from durometer.subjects import builtin
-from durometer.tampers import benign_finetune, finetune, lora
+import importlib
+import pkgutil
 
-__all__ = [
-    "benign_finetune",
-    "builtin",
-    "capitals",
-    "finetune",
-    "likelihood",
-    "lora",
-    "refusal",
-    "responses",
-    "world",
-]
+from durometer import domains, measures, safeguards, subjects, tampers
+
+for _package in (domains, subjects, tampers, measures, safeguards):
+    for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
+        importlib.import_module(_module.name)

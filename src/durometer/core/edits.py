@@ -60,6 +60,14 @@ class Restoration:
         return sum(copy.numel() * copy.element_size() for copy in self._copies.values())
 
     @torch.no_grad()
+    def undo(self) -> None:
+        """Take back every change so far and stay ready for the next (a ladder of strengths)."""
+        while self._callbacks:
+            self._callbacks.pop()()
+        for name, copy in self._copies.items():
+            self._parameters[name].copy_(copy)
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Put everything back: adapters off, weights, gradient flags, mode."""
         while self._callbacks:

@@ -41,6 +41,26 @@ class Generated:
     top_entropy: float = 0.0
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are drawn.
+
+    Attributes:
+        tries: responses a prompt; the attacker keeps the best.
+        temperature: 0 takes the likeliest token.
+        top_p: share of the probability that is sampled from.
+        seed: of the draws.
+    """
+
+    tries: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+GREEDY = Decoding()
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,

@@ -13,11 +13,12 @@ from durometer.subjects.base import Subject
 
 def answer_row(subject: Subject, item: Item, answer: str, *, ended: bool = False) -> Row:
     """Return the row whose labels are ``answer`` after the prompt and the item's stem."""
+    chat = subject.chat_for(item)
     if item.stem:
-        return subject.chat.row(
+        return chat.row(
             item.prompt, f"{item.stem} {answer}", stem=item.stem, ended=ended, item_id=item.id
         )
-    return subject.chat.row(item.prompt, answer, ended=ended, item_id=item.id)
+    return chat.row(item.prompt, answer, ended=ended, item_id=item.id)
 
 
 @measure(
@@ -45,7 +46,7 @@ def _choice(subject: Subject, item: Item, scores: list[RowScore]) -> ItemRecord:
     right = best == 0 and means.count(means[0]) == 1
     outcome = Outcome.HARMFUL_USEFUL if right else Outcome.HARMFUL_USELESS
     return ItemRecord(
-        **identity("choices", item, subject.chat.prompt_text(item.prompt)),
+        **identity("choices", item, subject.chat_for(item).prompt_text(item.prompt)),
         response=item.choices[best] if finite else "",
         outcome=str(outcome if finite else Outcome.UNPARSED),
         correct=float(right),
@@ -93,7 +94,7 @@ def _scored(
     if correct is not None and not finite:
         correct = 0.0
     return ItemRecord(
-        **identity(probe, item, subject.chat.prompt_text(item.prompt)),
+        **identity(probe, item, subject.chat_for(item).prompt_text(item.prompt)),
         correct=correct,
         log_probability=score.log_probability if finite else 0.0,
         mean_probability=score.mean_probability if finite else 0.0,

@@ -23,7 +23,7 @@ def respond(
     """Return the subject's greedy responses to the items' prompts."""
     return generate(
         subject.model,
-        [subject.chat.prompt_ids(item.prompt) for item in items],
+        [subject.chat_for(item).prompt_ids(item.prompt) for item in items],
         max_tokens=max_tokens,
         stop_ids=subject.chat.stop_ids(subject.model.config),
         decided=stop_early,
@@ -76,7 +76,7 @@ def _record(
     finite = math.isfinite(answer.log_probability)
     outcome = verdict.outcome if finite else Outcome.UNPARSED
     return ItemRecord(
-        **identity(probe, item, subject.chat.prompt_text(item.prompt)),
+        **identity(probe, item, subject.chat_for(item).prompt_text(item.prompt)),
         response=text,
         outcome=str(outcome),
         correct=float(outcome == Outcome.HARMFUL_USEFUL) if probe == "outcomes" else None,

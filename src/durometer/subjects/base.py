@@ -9,6 +9,8 @@ from typing import Any
 from durometer.core.edits import Restoration, RestoreError
 from durometer.core.errors import DurometerError
 from durometer.core.forward import Forward, supports_tree
+from durometer.core.generation import GREEDY, Decoding
+from durometer.domains.base import Item, Role
 from durometer.subjects.chat import ChatFormat
 from durometer.subjects.fingerprint import text_fingerprint, weights_fingerprint
 
@@ -39,6 +41,9 @@ class Subject:
         name: short name for reports.
         model: causal language model of transformers.
         notes: what a user must be told about it (no chat template, say).
+        restricted_chat: how an attacker asks restricted prompts; None: as everybody does. Only a
+            tamper sets it, through ``ask_restricted``.
+        decoding: how responses to restricted prompts are drawn, likewise.
     """
 
     name: str
@@ -46,6 +51,8 @@ class Subject:
     chat: ChatFormat
     source: Source
     notes: tuple[str, ...] = ()
+    restricted_chat: ChatFormat | None = None
+    decoding: Decoding = GREEDY
     _restoration: Restoration | None = field(default=None, repr=False)
 
     @cached_property
@@ -94,6 +101,29 @@ class Subject:
         if self._restoration is None:
             raise DurometerError(f"subject '{self.name}' may be changed only inside restored()")
         return self._restoration
+
+    def chat_for(self, item: Item) -> ChatFormat:
+        """Return how ``item`` is asked: an attacker words restricted prompts as it likes."""
+        if self.restricted_chat is not None and item.role == Role.RESTRICTED:
+            return self.restricted_chat
+        return self.chat
+
+    def ask_restricted(
+        self, chat: ChatFormat | None = None, decoding: Decoding | None = None
+    ) -> None:
+        """Ask restricted prompts in another way until the tamper is taken back.
+
+        Raises:
+            DurometerError: outside ``restored()``.
+        """
+        before = (self.restricted_chat, self.decoding)
+
+        def back() -> None:
+            self.restricted_chat, self.decoding = before
+
+        self.restoration.on_exit(back)
+        self.restricted_chat = chat or self.restricted_chat
+        self.decoding = decoding or self.decoding
 
     @contextmanager
     def restored(self) -> Iterator["Subject"]:

@@ -28,12 +28,17 @@ class ChatFormat:
         template: ``own`` is the subject's chat template; the others are generic layouts.
         system: system prompt; None leaves it to the template, '' asks for none at all.
         end: text that ends a response, as the template has it.
+        preamble, suffix: text put before and after every prompt, inside the user's turn.
+        prefill: beginning of every response, put into the assistant's turn by the asker.
     """
 
     tokenizer: Any
     template: TemplateName = "own"
     system: str | None = None
     end: str = ""
+    preamble: str = ""
+    suffix: str = ""
+    prefill: str = ""
 
     @classmethod
     def of(cls, tokenizer: Any) -> "ChatFormat":
@@ -55,7 +60,11 @@ class ChatFormat:
         return replace(changed, end=changed._find_end())
 
     def prompt_text(self, prompt: str) -> str:
-        """Return the rendered conversation up to where the response begins."""
+        """Return the rendered conversation up to the response, ``prefill`` included."""
+        prompt = f"{self.preamble}{prompt}{self.suffix}"
+        return self._opened(prompt) + self._joined(self.prefill)
+
+    def _opened(self, prompt: str) -> str:
         if self.template != "own":
             head = f"{self.system}\n\n" if self.system else ""
             return head + _LAYOUTS[self.template].format(prompt=prompt)

@@ -21,8 +21,9 @@ class Checkpoint:
     """Where a tamper stands when it lets itself be measured.
 
     Attributes:
-        steps: optimiser updates made; None for a tamper without steps.
-        strength: position on the strength axis of a tamper without steps.
+        steps: steps made, in the tamper's ``unit``: optimiser updates, rounds of a search, or the
+            place on a ladder of strengths, from 1.
+        strength: what the edit of a ladder was done with.
         spent: everything spent so far.
     """
 
@@ -81,6 +82,9 @@ class Tamper(Generic[S]):
     source: ClassVar[str]
     cannot_show: ClassVar[str]
     settings_class: ClassVar[type[Settings]]
+    # What one step is, and whether every step is a rung of its own (a ladder of strengths).
+    unit: ClassVar[str] = "updates"
+    ladder: ClassVar[bool] = False
 
     def __init__(self, settings: S) -> None:
         self.settings = settings

@@ -173,9 +173,9 @@ class Campaign:
 
     def _spec(self, role: SubjectRole, attack: Attack, seed: int, purpose: Purpose) -> TrialSpec:
         tamper = make_tamper(attack.tamper, **attack.settings)
-        steps = min(tamper.planned_steps(), self.suite.steps)
         settings = tamper.settings.canonical()
-        return TrialSpec(role, tamper.name, settings, seed, purpose, self.suite.rungs(steps))
+        rungs = self.suite.rungs_of(tamper)
+        return TrialSpec(role, tamper.name, settings, seed, purpose, rungs)
 
     def _zero(self, role: SubjectRole) -> TrialSpec:
         return TrialSpec(role, "none", {}, FIRST_SEED["control"], "control", ())
@@ -312,8 +312,8 @@ def _with_attacks(suite: Suite, attacks: tuple[Attack, ...], budget: int | None)
     Raises:
         InputError: an attack plans more steps than ``--budget-steps`` allows.
     """
-    planned = [make_tamper(a.tamper, **a.settings).planned_steps() for a in attacks]
-    most = max(planned, default=0)
+    made = [make_tamper(attack.tamper, **attack.settings) for attack in attacks]
+    most = max((t.planned_steps() for t in made if not t.ladder), default=0)
     if budget is not None and most > budget:
         raise InputError(f"--tamper ...:steps={most}: more than --budget-steps {budget} allows")
     return replace(suite, attacks=attacks, steps=max(suite.steps, most))
@@ -326,8 +326,16 @@ def _digest(attack: Attack) -> str:
 
 def _with_budget(suite: Suite, steps: int) -> Suite:
     """Return the suite with every attack planned for ``steps`` updates."""
-    attacks = tuple(Attack(a.tamper, a.settings | {"steps": steps}) for a in suite.attacks)
+    attacks = tuple(
+        Attack(a.tamper, _with_steps(a.tamper, a.settings, steps)) for a in suite.attacks
+    )
     return replace(suite, steps=steps, attacks=attacks)
+
+
+def _with_steps(tamper: str, settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Return the settings with ``steps``, if the tamper has any."""
+    known = tamper_registry.get(tamper).settings_class.model_fields
+    return settings | {"steps": steps} if "steps" in known else settings
 
 
 def _named_attacks(suite: Suite, wanted: Sequence[str]) -> Iterator[Attack]:
@@ -342,7 +350,7 @@ def _named_attacks(suite: Suite, wanted: Sequence[str]) -> Iterator[Attack]:
         if own and not settings:
             yield from own
         else:
-            start = own[0].settings if own else {"steps": suite.steps}
+            start = own[0].settings if own else _with_steps(canonical, {}, suite.steps)
             yield Attack(canonical, start | _parse_settings(canonical, settings))
 
 
@@ -376,9 +384,20 @@ def break_rule(
     ends = []
     if "undefended" in baselines:
         same = [t for t in undefended if t.spec.configuration == configuration]
-        ends = [_last_close(t) or original for t in same if t.status in COUNTED] or [original]
+        ends = [_ceiling(t, original) for t in same if t.status in COUNTED] or [original]
     levels = [tuple(thresholds(s, start, ends, chance)) for s in (Split.SELECT, Split.REPORT)]
     return BreakRule(levels[0], levels[1], start, original, limit)
+
+
+def _ceiling(trial: TrialRecord, original: CheckpointRecord) -> CheckpointRecord:
+    """Return where the undefended subject knows most under this tamper.
+
+    Training may teach, so it is measured where it ends. An edit teaches nothing and may ruin the
+    subject at its strongest, so it is measured before it.
+    """
+    if tamper_registry.get(trial.spec.tamper).ladder:
+        return original
+    return _last_close(trial) or original
 
 
 def _last_close(trial: TrialRecord) -> CheckpointRecord | None:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from durometer.core.errors import unknown_name
 from durometer.core.settings import Settings, setting
+from durometer.tampers.base import Tamper
 
 SuiteName = Literal["quick", "standard", "full"]
 SUITES: tuple[SuiteName, ...] = ("quick", "standard", "full")
@@ -70,6 +71,12 @@ class Suite:
     plan: MeasuringPlan
     dense: bool
     first_rung: int = 1
+
+    def rungs_of(self, tamper: Tamper[Any]) -> tuple[int, ...]:
+        """Return the steps at which a trial of ``tamper`` is measured: every one of a ladder."""
+        if tamper.ladder:
+            return tuple(range(1, tamper.planned_steps() + 1))
+        return self.rungs(min(tamper.planned_steps(), self.steps))
 
     def rungs(self, steps: int) -> tuple[int, ...]:
         """Return the steps at which a trial of at most ``steps`` updates is measured."""
