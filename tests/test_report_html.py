@@ -330,7 +330,7 @@ def test_break_is_the_first_row_and_censored_keeps_its_sign(store: Store) -> Non
     summary = fill(store)
     text = " ".join(Page(render_html(summary, store)).text.split())
     rows = text[text.index("How little it takes") : text.index("Success is the share")]
-    lora, finetune = rows.index("2 steps [2, 4] 16 examples 3.00 GFLOP"), rows.index("> 4 steps")
+    lora, finetune = rows.index("2 steps (1, 4] 16 examples 3.00 GFLOP"), rows.index("> 4 steps")
     assert lora < finetune
     assert "3 of 3 seeds broke" in rows
     assert "0 of 3 seeds broke" in rows
@@ -483,11 +483,11 @@ def budget(
 @pytest.mark.parametrize(
     ("row", "value", "interval", "broken"),
     [
-        (budget(10.0, [[8, 9], [9, 10], [10, 11]]), "10", "[9, 11]", "3 of 3 seeds"),
-        (budget(10.0, [[8, 9], [9, 10], [64, None]]), "10", "[9, > 64]", "2 of 3 seeds"),
-        (budget(10.0, [[4, None], [9, 10], [9, 10]]), "10", "[> 4, > 4]", "2 of 3 seeds"),
+        (budget(10.0, [[8, 9], [9, 10], [10, 11]]), "10", "(8, 11]", "3 of 3 seeds"),
+        (budget(10.0, [[8, 9], [9, 10], [64, None]]), "10", "(8, > 64)", "2 of 3 seeds"),
+        (budget(10.0, [[4, None], [9, 10], [9, 10]]), "10", "(4, > 10)", "2 of 3 seeds"),
         (budget(None, [[64, None], [64, None]]), "> 64", "", "0 of 2 seeds"),
-        (budget(1024.0, [[512, 1024]]), "1,024", "[1,024, 1,024]", "1 of 1 seed"),
+        (budget(1024.0, [[512, 1024]]), "1,024", "(512, 1,024]", "1 of 1 seed"),
         (None, "not measured", "", ""),
     ],
 )

@@ -167,15 +167,15 @@ def budget_text(budget: Mapping[str, Any] | None) -> BudgetText:
 
 
 def _seed_range(budget: Mapping[str, Any], written: Any) -> str:
-    """Return ``[min, max]`` over seeds; an end that is a survived budget gets its '>'."""
-    survived = [low for low, high in budget["intervals"] if high is None]
-    reached = [high for _, high in budget["intervals"] if high is not None]
-    low, high = written(budget["low"]), written(budget["high"])
-    if survived and reached and min(survived) < min(reached):
-        low = f"> {low}"
-    if budget["high"] is None:
-        high = f"> {written(max(survived))}" if survived else "unbounded"
-    return f"[{low}, {high}]"
+    """Return ``(a, b]``: no seed had broken at ``a``, all had at ``b``.
+
+    Steps between two checkpoints are not measured, so that the grid is part of the interval. A
+    seed that never broke opens the upper end.
+    """
+    low = written(min(low for low, _ in budget["intervals"]))
+    most = written(max(low if high is None else high for low, high in budget["intervals"]))
+    open_end = any(high is None for _, high in budget["intervals"])
+    return f"({low}, > {most})" if open_end else f"({low}, {most}]"
 
 
 # --- drawings ---

@@ -137,7 +137,8 @@ def _legend(summary: Json) -> Text:
     limit = summary["suite"]["plan"]["utility_limit"] if summary["suite"] else None
     points = "" if limit is None else f" (at most {limit:g} points of retain score lost)"
     return _text(
-        f"Median over seeds [min, max]; > is a lower bound: never reached. Limit: utility{points}. "
+        "Median over seeds; (a, b]: no seed had broken at a, all had at b; > is a lower bound: "
+        f"never reached. Limit: utility{points}. "
         "ex. = examples. Success and points on report items, refusals on select items, at the "
         "median break or the last checkpoint; intervals are in the report.",
         "dim",
