@@ -49,7 +49,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Phi3": {},
     "GPTNeoX": {},
 }
-NAMES = tamper_registry.names()
+# The rest of the attack surface has its own table, tests/test_attack_surface.py.
+NAMES = ["none", "finetune", "lora", "benign_finetune"]
 # Settings that make a tamper short; one that has no such field keeps its own.
 SHORT = {"steps": 3, "batch_size": 4, "examples": 8, "learning_rate": 1e-2}
 
@@ -148,7 +149,7 @@ def domain() -> Any:
 
 
 def test_the_registry_holds_what_these_tests_cover() -> None:
-    assert {"none", "finetune", "lora", "benign_finetune"} <= set(NAMES)
+    assert set(NAMES) <= set(tamper_registry.names())
     assert TRAINING
     for name in NAMES:
         for alias in (name.replace("_", "-"),):
