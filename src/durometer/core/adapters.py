@@ -108,6 +108,14 @@ class Adapter:
                 norms[name.split(".lora_A")[0]] = self.scale * math.sqrt(max(float(gram.sum()), 0))
         return norms
 
+    def delta(self, name: str) -> torch.Tensor:
+        """Return ``scale B A`` of one linear map in fp32, shape [out, in]."""
+        matrices = self.matrices()
+        down, up = (
+            matrices[f"{name}.lora_{part}.{_NAME}.weight"].detach().float() for part in "AB"
+        )
+        return self.scale * (up @ down)
+
     def remove(self) -> None:
         """Take the adapter off; the model's own weights were never touched."""
         self._tuner.unload()

@@ -114,6 +114,16 @@ class Trainer:
             sum(row.restricted for row in rows),
         )
 
+    def reset_optimizer(self) -> None:
+        """Forget the optimiser's moments and averages; weights, steps and schedule go on."""
+        if has_averages(self._optimizer):
+            switch_iterate(self._optimizer, averaged=True)
+        plan = self._plan
+        self._optimizer = make_optimizer(
+            plan.optimizer, self._masters, plan.learning_rate, plan.weight_decay
+        )
+        self._write_back()
+
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Show the weights as they would be released: evaluation mode, averaged iterate.

@@ -20,7 +20,7 @@ class BenignFineTuneSettings(LoraSettings):
 
 
 @tamper("benign_finetune", aliases=("ft-benign", "ft_benign"))
-class BenignFineTune(Lora):
+class BenignFineTune(Lora[BenignFineTuneSettings]):
     """LoRA fine-tuning on benign chat; the restricted share is 0."""
 
     summary = "LoRA fine-tuning on harmless chat alone"

@@ -4,21 +4,22 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import nn
 
 from durometer.core.budget import Budget, Spent, matrix_entries, training_flops
 from durometer.core.errors import NotApplicableError
+from durometer.core.forward import Forward
 from durometer.core.optimizers import OptimizerName
 from durometer.core.rows import Row
 from durometer.core.schedules import Schedule, depends_on_total
 from durometer.core.seeds import Seeds
 from durometer.core.settings import Between, Levels, Settings, setting
 from durometer.core.training import DivergedError, OptimisationPlan, Trainer, Update
-from durometer.domains.base import Domain
+from durometer.domains.base import Domain, Item
 from durometer.subjects.base import Subject
-from durometer.subjects.chat import TemplateName
+from durometer.subjects.chat import ChatFormat, TemplateName
 from durometer.tampers.base import Access, Checkpoint, OnCheckpoint, Realised, Tamper, tamper
 from durometer.tampers.data import (
     Relation,
@@ -89,7 +90,7 @@ class FineTuning(Tamper[S]):
 
     access: ClassVar[Access] = "weights"
     access_level = "A4"
-    full: ClassVar[bool]
+    full: bool
     _trained: int = 0
 
     def runs_once_per_rung(self) -> bool:
@@ -106,15 +107,41 @@ class FineTuning(Tamper[S]):
 
     def rows(self, subject: Subject, data: Domain, seeds: Seeds) -> tuple[list[Row], list[Row]]:
         """Return the rows trained on, and the retain rows replayed among them."""
-        settings = self.settings
-        chat = subject.chat.using(settings.template, settings.system_prompt)
-        labels = settings.loss_on == "prompt_and_response"
-        made = []
-        for relation in (settings.data, "retain") if settings.retain_share else (settings.data,):
-            chosen = training_items(data, relation, settings.examples, seeds)
-            rows = make_rows(chosen, chat, label_prompt=labels, max_length=settings.max_length)
-            made.append(rows)
-        return made[0], made[1] if settings.retain_share else []
+        rows = self.attack_rows(subject, data, seeds)
+        if not self.settings.retain_share:
+            return rows, []
+        return rows, self.related_rows(subject, data, "retain", seeds)
+
+    def attack_rows(self, subject: Subject, data: Domain, seeds: Seeds) -> list[Row]:
+        """Return the rows trained on, replay aside; attacks with texts of their own override it."""
+        return self.related_rows(subject, data, self.settings.data, seeds)
+
+    def related_rows(
+        self, subject: Subject, data: Domain, relation: Relation, seeds: Seeds
+    ) -> list[Row]:
+        """Return the domain's own rows of one relation, at most ``examples``."""
+        chosen = training_items(data, relation, self.settings.examples, seeds)
+        return self.tokenised(chosen, self.training_chat(subject))
+
+    def training_chat(self, subject: Subject) -> ChatFormat:
+        """Return the format of the training rows."""
+        return subject.chat.using(self.settings.template, self.settings.system_prompt)
+
+    def tokenised(self, chosen: Sequence[tuple[Item, str]], chat: ChatFormat) -> list[Row]:
+        """Return rows of items with the responses to train on, labelled as the settings say."""
+        labels = self.settings.loss_on == "prompt_and_response"
+        return make_rows(chosen, chat, label_prompt=labels, max_length=self.settings.max_length)
+
+    def forward(self, subject: Subject) -> Forward:
+        """Return the forward pass whose loss is minimised."""
+        return subject.forward
+
+    def before_update(self, trainer: Trainer, step: int) -> None:
+        """Prepare update number ``step``, counted from 0; most attacks need nothing."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the record of a run should say besides, once it is over."""
+        return {}
 
     def trainer(self, subject: Subject, budget: Budget, seeds: Seeds) -> Trainer:
         """Return a trainer over the prepared weights of ``subject``."""
@@ -131,7 +158,7 @@ class FineTuning(Tamper[S]):
         )
         parameters = self.prepare(subject, seeds)
         self._trained = sum(parameter.numel() for parameter in parameters)
-        return Trainer(subject.forward, parameters, plan)
+        return Trainer(self.forward(subject), parameters, plan)
 
     def batches(self, subject: Subject, data: Domain, seeds: Seeds) -> Iterator[list[Row]]:
         """Return the endless batches of this attack, in the order of the data-order seed."""
@@ -149,7 +176,9 @@ class FineTuning(Tamper[S]):
         """
         trainer = self.trainer(subject, budget, seeds)
         batches = self.batches(subject, data, seeds)
-        for rows in itertools.islice(batches, min(budget.steps, self.settings.steps)):
+        planned = min(budget.steps, self.settings.steps)
+        for step, rows in enumerate(itertools.islice(batches, planned)):
+            self.before_update(trainer, step)
             update = trainer.update(rows)
             with trainer.measuring():
                 yield update
@@ -179,6 +208,7 @@ class FineTuning(Tamper[S]):
             realised.status = "diverged"
             realised.reason = f"after {realised.spent.steps} steps: {error}"
         self._audit(subject, realised, len(rows) + len(replay))
+        realised.facts |= self.facts()
         return realised
 
     def _audit(self, subject: Subject, realised: Realised, unique_rows: int) -> None:
