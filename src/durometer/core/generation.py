@@ -1,12 +1,15 @@
-"""Greedy generation for short answers, without work on shared beginnings or finished rows.
+"""Generation of short answers, without work on shared beginnings or finished rows.
 
-The result is that of ordinary greedy decoding. What is saved: the common beginning of the prompts
-is run once and its cache shared; prompts are sorted by length, so that padding is small; a row
-leaves the batch as soon as it has ended, or as soon as the caller says that its outcome is decided.
+The result is that of ordinary greedy decoding, or of ordinary sampling. What is saved: the common
+beginning of the prompts is run once and its cache shared; prompts are sorted by length, so that
+padding is small; a row leaves the batch as soon as it has ended, or as soon as the caller says that
+its outcome is decided.
 """
 
 import copy
+import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,12 +27,13 @@ Decided = Callable[[int, Sequence[int]], bool]
 
 @dataclass
 class Generated:
-    """One greedy response.
+    """One response.
 
     Attributes:
         ids: generated token ids, without the token that ended the response.
         finish_reason: ``stop`` (end of turn), ``decided`` or ``length``.
-        log_probability: sum of the log-probabilities of the generated tokens, nats.
+        log_probability: sum of the log-probabilities of the generated tokens, nats; those of the
+            model itself (temperature 1, nothing cut off) also where the tokens were sampled.
         mean_probability: their mean probability; 0 for an empty response.
         top_entropy: mean entropy of the ten likeliest tokens, renormalised, nats.
     """
@@ -48,14 +52,21 @@ class Decoding:
     Attributes:
         tries: responses a prompt; the attacker keeps the best.
         temperature: 0 takes the likeliest token.
-        top_p: share of the probability that is sampled from.
-        seed: of the draws.
+        top_p: share of the probability that is sampled from: the fewest tokens, likeliest first,
+            that hold at least this much of it (arXiv 1904.09751); 1 cuts nothing off.
+        seed: of the draws. A prompt's draws depend on the seed, the prompt and how many equal
+            prompts came before it, not on what else is generated along with it.
     """
 
     tries: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    @property
+    def different_tries(self) -> int:
+        """Responses a prompt that can differ: greedy decoding gives the same one every time."""
+        return self.tries if self.temperature > 0 else 1
 
 
 GREEDY = Decoding()
@@ -71,17 +82,19 @@ def generate(
     decided: Decided | None = None,
     share_prefix: bool = True,
     batch: int = BATCH,
+    decoding: Decoding = GREEDY,
 ) -> list[Generated]:
-    """Continue every prompt greedily.
+    """Continue every prompt.
 
     Args:
         model: causal language model of transformers, in evaluation mode.
-        prompts: token ids, not empty.
+        prompts: token ids, not empty; equal ones are sampled independently of each other.
         max_tokens: longest response.
         stop_ids: tokens that end a response.
         decided: asked after every token of a row; True ends the row.
         share_prefix: run the prompts' common beginning once (only for plain causal attention).
         batch: most rows at a time.
+        decoding: temperature, top-p and seed; its ``tries`` are the caller's affair.
 
     Returns:
         One response a prompt, in the order given.
@@ -90,9 +103,10 @@ def generate(
     results = [Generated() for _ in prompts]
     prefix = _shared(prompts) if share_prefix and len(prompts) > 1 else 0
     head = _prefill_head(model, prompts[0][:prefix]) if prefix else None
+    draws = _draws(prompts, max_tokens, decoding) if decoding.temperature > 0 else None
     for start in range(0, len(order), batch):
         members = order[start : start + batch]
-        rows = _Rows(model, members, results, prefix)
+        rows = _Rows(model, members, results, prefix, _Sampler(decoding, draws) if draws else None)
         logits = rows.prefill(prompts, head)
         for _ in range(max_tokens):
             going = rows.accept(logits, stop_ids, decided)
@@ -124,17 +138,68 @@ def _prefill_head(model: Any, ids: tuple[int, ...]) -> Any:
     return cache
 
 
+def _draws(
+    prompts: Sequence[tuple[int, ...]], max_tokens: int, decoding: Decoding
+) -> list[torch.Tensor]:
+    """Return uniform draws from [0, 1), one a token, for every prompt: shape [max_tokens]."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    draws = []
+    for prompt in prompts:
+        key = f"{decoding.seed}:{seen[prompt]}:{prompt}".encode()
+        seen[prompt] += 1
+        seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+        generator = torch.Generator().manual_seed(seed)
+        draws.append(torch.rand(max_tokens, generator=generator, dtype=torch.float64))
+    return draws
+
+
+class _Sampler:
+    """Turns uniform draws into tokens by the inverse of the cumulated probabilities.
+
+    Args:
+        draws: by prompt number, shape [max_tokens] each.
+    """
+
+    def __init__(self, decoding: Decoding, draws: list[torch.Tensor]) -> None:
+        self._decoding = decoding
+        self._draws = draws
+        self._place = 0
+
+    def take(self, log_probabilities: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
+        """Return one token a row, shape [rows]; ``members`` are the rows' prompt numbers."""
+        uniform = torch.stack([self._draws[index][self._place] for index in members])
+        self._place += 1
+        scaled = log_probabilities.double() / self._decoding.temperature
+        probabilities, tokens = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        cumulated = probabilities.cumsum(-1)
+        if self._decoding.top_p < 1:
+            # A token is kept if those before it hold less than top-p: the likeliest always is.
+            kept = (cumulated - probabilities < self._decoding.top_p).sum(-1, keepdim=True)
+        else:
+            kept = torch.full_like(tokens[:, :1], tokens.shape[-1])
+        mass = cumulated.gather(1, (kept - 1).clamp(min=0))
+        places = torch.searchsorted(cumulated, uniform[:, None].to(mass.device) * mass, right=True)
+        taken: torch.Tensor = tokens.gather(1, places.minimum(kept - 1).clamp(min=0))[:, 0]
+        return taken
+
+
 class _Rows:
     """The rows of one batch that are still being generated, with their cache."""
 
     def __init__(
-        self, model: Any, members: list[int], results: list[Generated], prefix: int
+        self,
+        model: Any,
+        members: list[int],
+        results: list[Generated],
+        prefix: int,
+        sampler: _Sampler | None = None,
     ) -> None:
         self._model = model
         self._device = next(model.parameters()).device
         self._members = members
         self._results = results
         self._prefix = prefix
+        self._sampler = sampler
         self._cache: Any = None
         self._mask = torch.empty(0)
         self._positions = torch.empty(0)
@@ -145,6 +210,12 @@ class _Rows:
         from transformers import DynamicCache
 
         parts = [prompts[index][self._prefix :] for index in self._members]
+        # Tries of one prompt share its cache; greedy ones are never asked for twice.
+        repeats = None
+        if self._sampler is not None and len(set(parts)) < len(parts):
+            places = {part: place for place, part in enumerate(dict.fromkeys(parts))}
+            repeats = torch.tensor([places[part] for part in parts], device=self._device)
+            parts = list(places)
         longest = max(len(part) for part in parts)
         ids = torch.zeros(len(parts), longest, dtype=torch.long)
         own = torch.zeros_like(ids)
@@ -160,19 +231,27 @@ class _Rows:
             self._cache = copy.deepcopy(head)
             self._cache.batch_repeat_interleave(len(parts))
         self._positions = positions[:, -1:]
-        return self._pass(ids.to(self._device), positions)
+        logits = self._pass(ids.to(self._device), positions)
+        if repeats is not None:
+            self._cache.batch_select_indices(repeats)
+            self._mask, self._positions = self._mask[repeats], self._positions[repeats]
+            logits = logits[repeats]
+        return logits
 
     def accept(
         self, logits: torch.Tensor, stop_ids: frozenset[int], decided: Decided | None
     ) -> list[int]:
-        """Take the likeliest token of every row; return the places of the rows that go on."""
+        """Take a token of every row; return the places of the rows that go on."""
         log_probabilities = logits.float().log_softmax(-1)
         top = log_probabilities.topk(min(TOP, logits.shape[-1]), dim=-1).values
-        likeliest, tokens = log_probabilities.max(-1)
+        taken, tokens = log_probabilities.max(-1)
+        if self._sampler is not None:
+            tokens = self._sampler.take(log_probabilities, self._members)
+            taken = log_probabilities.gather(1, tokens[:, None])[:, 0]
         shares = (top - top.logsumexp(-1, keepdim=True)).exp()
         entropies = -(shares * shares.clamp_min(1e-12).log()).sum(-1)
         self._tokens = tokens
-        columns = (tokens.tolist(), likeliest.tolist(), entropies.tolist())
+        columns = (tokens.tolist(), taken.tolist(), entropies.tolist())
         going = []
         for place, (token, chosen, entropy) in enumerate(zip(*columns, strict=True)):
             index = self._members[place]

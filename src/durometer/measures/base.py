@@ -33,6 +33,8 @@ class ItemRecord:
         parse_status: ``parsed``, or why no usable verdict came out.
         gate: values that the coherence gate saw.
         refuses_at_first_tokens: a flag beside the outcome.
+        tries: responses that were drawn, of which this is the best; 1 without any choice.
+        successful_tries: how many of them are ``harmful_useful``.
     """
 
     probe: str
@@ -53,6 +55,8 @@ class ItemRecord:
     parse_status: str = "parsed"
     gate: tuple[float, ...] = ()
     refuses_at_first_tokens: bool = False
+    tries: int = 1
+    successful_tries: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as plain JSON types."""

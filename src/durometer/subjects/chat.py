@@ -4,8 +4,8 @@ A prompt and its response are rendered to one string and tokenised once; labels 
 character offsets. Tokenising the parts apart gives ids that no user would send.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from durometer.core.errors import InputError
@@ -30,6 +30,9 @@ class ChatFormat:
         end: text that ends a response, as the template has it.
         preamble, suffix: text put before and after every prompt, inside the user's turn.
         prefill: beginning of every response, put into the assistant's turn by the asker.
+        prefills: beginnings of the responses to single prompts, instead of ``prefill``.
+        bos: whether the ids begin with one beginning-of-sequence token; None leaves it to the
+            template and the tokenizer.
     """
 
     tokenizer: Any
@@ -39,6 +42,8 @@ class ChatFormat:
     preamble: str = ""
     suffix: str = ""
     prefill: str = ""
+    prefills: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
+    bos: bool | None = None
 
     @classmethod
     def of(cls, tokenizer: Any) -> "ChatFormat":
@@ -61,10 +66,13 @@ class ChatFormat:
 
     def prompt_text(self, prompt: str) -> str:
         """Return the rendered conversation up to the response, ``prefill`` included."""
-        prompt = f"{self.preamble}{prompt}{self.suffix}"
-        return self._opened(prompt) + self._joined(self.prefill)
+        return self._opened(prompt) + self._joined(self._prefill(prompt))
+
+    def _prefill(self, prompt: str) -> str:
+        return self.prefills.get(prompt, self.prefill)
 
     def _opened(self, prompt: str) -> str:
+        prompt = f"{self.preamble}{prompt}{self.suffix}"
         if self.template != "own":
             head = f"{self.system}\n\n" if self.system else ""
             return head + _LAYOUTS[self.template].format(prompt=prompt)
@@ -72,7 +80,16 @@ class ChatFormat:
 
     def prompt_ids(self, prompt: str, stem: str = "") -> tuple[int, ...]:
         """Return the token ids of prompt and beginning of the response."""
-        return tuple(self._encode(self.prompt_text(prompt) + self._joined(stem))["input_ids"])
+        return tuple(self._encode(self._begun(prompt, stem))["input_ids"])
+
+    def _begun(self, prompt: str, stem: str) -> str:
+        """Return the conversation up to the end of ``stem``, which may repeat the prefill."""
+        prefill = self._prefill(prompt)
+        if not prefill:
+            return self._opened(prompt) + self._joined(stem)
+        if stem.startswith(prefill):
+            return self._opened(prompt) + self._joined(stem)
+        return self.prompt_text(prompt) + (f" {stem}" if stem else "")
 
     def row(
         self,
@@ -94,8 +111,10 @@ class ChatFormat:
         Raises:
             InputError: the response leaves nothing to predict.
         """
-        head = self.prompt_text(prompt) + self._joined(stem)
-        tail = self._joined(response[len(stem) :] if stem else response, after_stem=bool(stem))
+        head = self._begun(prompt, stem)
+        tail = response[len(stem) :] if stem else self._joined(response)
+        if self._prefill(prompt) and not stem:
+            tail = f" {response}"  # the template's own opening of a response is behind it already
         encoded = self._encode(head + tail + (self.end if ended else ""))
         ids = tuple(encoded["input_ids"])
         ends = [end for _, end in encoded["offset_mapping"]]
@@ -117,8 +136,8 @@ class ChatFormat:
         """Return the text of generated ids, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def _joined(self, text: str, *, after_stem: bool = False) -> str:
-        if not text or self.template == "own" or after_stem:
+    def _joined(self, text: str) -> str:
+        if not text or self.template == "own":
             return text
         return text if self.template == "instruction" else f" {text}"
 
@@ -154,4 +173,16 @@ class ChatFormat:
             # Some tokenizers end every text; a token that stands for no text is theirs, not ours.
             for values in (encoded["input_ids"], encoded["offset_mapping"]):
                 values.pop()
+        return self._with_bos(encoded)
+
+    def _with_bos(self, encoded: Any) -> Any:
+        """Put one beginning-of-sequence token before the ids, or take it off, if that is asked."""
+        bos, ids = self.tokenizer.bos_token_id, encoded["input_ids"]
+        if self.bos is None or bos is None or self.bos == (ids[:1] == [bos]):
+            return encoded
+        if self.bos:
+            ids.insert(0, bos)
+            encoded["offset_mapping"].insert(0, (0, 0))
+        else:
+            del ids[0], encoded["offset_mapping"][0]
         return encoded
