@@ -1,0 +1,633 @@
+"""The search for suffixes: gradients, losses and candidates against slow references, controls."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny_world
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
+
+from durometer.core.budget import Budget, matrix_entries
+from durometer.core.errors import DurometerError, InputError, NotApplicableError
+from durometer.core.seeds import Seeds
+from durometer.domains.base import Item, Role, Split
+from durometer.subjects.base import Source, Subject
+from durometer.subjects.chat import ChatFormat
+from durometer.subjects.fingerprint import weights_fingerprint
+from durometer.tampers import gcg_scoring, gcg_transfer
+from durometer.tampers.base import Checkpoint, Realised, make_tamper
+from durometer.tampers.gcg import GcgSettings, Hunt, make_ready, make_search, opening
+from durometer.tampers.gcg_prompts import SuffixTokens, place
+from durometer.tampers.gcg_scoring import Scorer, Work, first_swap
+from durometer.tampers.gcg_search import SuffixSearch
+
+MakeModel = Callable[..., Any]
+SEEDS = Seeds(11, 12, 13, 14)
+SHORT: dict[str, Any] = {"steps": 3, "suffix_tokens": 4, "candidates": 12, "top_k": 8}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 8},
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "Qwen3Moe": {"head_dim": 8, **EXPERTS},
+    "Gemma2": GEMMA,
+    "Gemma3": GEMMA,
+    "Olmo2": {},
+    "Phi3": {},
+    "GPTNeoX": {},
+    "DeepseekV3": DEEPSEEK,
+}
+CHATML = (
+    "{% for message in messages %}{{ '<|start|>' + message['role'] + '\\n' }}"
+    "{{ message['content'] | trim if trimmed else message['content'] }}{{ '<|end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}"
+)
+
+
+def bytes_tokenizer() -> Any:
+    """Return a byte-level BPE with merges, as most subjects have."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<|start|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [item.prompt + " " + item.response for item in tiny_world.tiny_domain().items]
+    backend.train_from_iterator([*texts, " ! ! !", " x word"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Any:
+    return bytes_tokenizer()
+
+
+@pytest.fixture
+def bpe_subject(make_model: MakeModel, bpe: Any) -> Subject:
+    model = make_model("Llama", vocab_size=448).requires_grad_(False)
+    return Subject("bpe", model, ChatFormat.of(bpe), Source("folder", "bpe"))
+
+
+@pytest.fixture
+def subject(make_model: MakeModel) -> Subject:
+    return tiny_world.as_subject(make_model("Llama"))
+
+
+def settings(**changes: Any) -> GcgSettings:
+    return GcgSettings(**{**SHORT, **changes})
+
+
+def ready(subject: Subject, **changes: Any) -> tuple[Hunt, SuffixSearch]:
+    chosen = settings(**changes)
+    hunt = make_ready(subject, tiny_world.tiny_domain(), chosen, SEEDS)
+    cached = chosen.prefix_cache
+    return hunt, make_search(subject, hunt, chosen, SEEDS, cached=cached)
+
+
+def attack(
+    subject: Subject,
+    name: str = "gcg",
+    *,
+    seeds: Seeds = SEEDS,
+    budget: Budget | None = None,
+    stop_at: int | None = None,
+    **changes: Any,
+) -> tuple[Realised, list[tuple[Checkpoint, str]]]:
+    """Run the tamper; return what it did, and the suffix that stood at each checkpoint."""
+    tamper = make_tamper(name, **{**SHORT, **changes})
+    seen: list[tuple[Checkpoint, str]] = []
+    (item,) = tiny_world.tiny_domain().select(Role.RESTRICTED, Split.REPORT)[:1]
+
+    def on_checkpoint(checkpoint: Checkpoint) -> bool:
+        seen.append((checkpoint, subject.chat_for(item).suffix))
+        return checkpoint.steps != stop_at
+
+    steps = tamper.planned_steps()
+    budget = budget or Budget(steps, tuple(range(1, steps + 1)))
+    with subject.restored():
+        realised = tamper.run(subject, tiny_world.tiny_domain(), budget, seeds, on_checkpoint)
+    return realised, seen
+
+
+def slow_loss(subject: Subject, hunt: Hunt, suffix: tuple[int, ...]) -> float:
+    """Return the loss by one plain pass an item, all logits, no cache."""
+    losses = []
+    for prompt in hunt.start.prompts:
+        ids = torch.tensor([prompt.ids(suffix)])
+        with torch.no_grad():
+            logits = subject.model(input_ids=ids, use_cache=False).logits[0].float()
+        count = len(prompt.target)
+        losses.append(float(cross_entropy(logits[-count - 1 : -1], ids[0, -count:])))
+    return sum(losses) / len(losses)
+
+
+# Gradient and losses
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "Gemma3", "Olmo2", "GPTNeoX"])
+def test_the_gradient_is_that_of_finite_differences(
+    make_model: MakeModel, architecture: str
+) -> None:
+    model = make_model(architecture, **ARCHITECTURES[architecture]).double()
+    subject = tiny_world.as_subject(model)
+    hunt, search = ready(subject)
+    prompt, suffix = hunt.start.prompts[0], hunt.start.suffix
+    gradient = search.scorer.gradient(suffix)
+    embedding = model.get_input_embeddings()
+    count, start = len(prompt.target), len(prompt.before)
+    ids = torch.tensor([prompt.ids(suffix)])
+
+    def loss(place: int, token: int, change: float) -> float:
+        embedded = embedding(ids).clone()
+        embedded[0, start + place] += change * embedding(torch.tensor(token))
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
+        return float(cross_entropy(logits[-count - 1 : -1], ids[0, -count:]))
+
+    with torch.no_grad():
+        for place, token in ((0, 7), (1, 30), (3, 80), (3, suffix[3])):
+            slope = (loss(place, token, 1e-2) - loss(place, token, -1e-2)) / 2e-2
+            assert float(gradient[place, token]) == pytest.approx(slope, rel=5e-3, abs=3e-5)
+    assert gradient.shape == (4, model.config.vocab_size)
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+def test_over_items_the_normalised_gradients_are_added(subject: Subject) -> None:
+    hunt, search = ready(subject, items=3)
+    parts = []
+    for prompt in hunt.start.prompts:
+        own = Scorer(subject.model, [prompt]).gradient(hunt.start.suffix)
+        parts.append(own / own.norm())
+    assert torch.allclose(search.scorer.gradient(hunt.start.suffix), sum(parts), atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_losses_are_those_of_a_slow_loop(make_model: MakeModel, architecture: str) -> None:
+    model = make_model(architecture, **ARCHITECTURES[architecture], initializer_range=0.2)
+    subject = tiny_world.as_subject(model)
+    hunt, search = ready(subject, items=2, candidates=10)
+    current = hunt.start.suffix
+    candidates = [s for s, _ in search.candidates(search.scorer.gradient(current))] + [current]
+    fast = search.scorer.losses(candidates, current)
+    slow = torch.tensor([slow_loss(subject, hunt, suffix) for suffix in candidates])
+    assert torch.allclose(fast, slow, rtol=1e-5, atol=1e-5)
+    assert int(fast.argmin()) == int(slow.argmin())
+    # Everything here keeps keys and values that can be shared; the plain path is right as well.
+    assert search.scorer.cached
+    plain = Scorer(model, hunt.start.prompts, cached=False).losses(candidates, current)
+    assert torch.allclose(plain, slow, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("enough", "most"), [(1, 10**6), (10**6, 10**6), (1, 1), (40, 60)])
+def test_however_passes_are_cut_the_losses_are_the_same(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, enough: int, most: int
+) -> None:
+    hunt, search = ready(subject, candidates=24)
+    current = hunt.start.suffix
+    candidates = [s for s, _ in search.candidates(search.scorer.gradient(current))]
+    expected = search.scorer.losses(candidates, current)
+    monkeypatch.setitem(gcg_scoring.ENOUGH_TOKENS, "cpu", enough)
+    monkeypatch.setitem(gcg_scoring.MOST_TOKENS, "cpu", most)
+    passes = list(search.scorer._passes(hunt.start.prompts[0], candidates, current))
+    assert sorted(i for _, members in passes for i in members) == list(range(len(candidates)))
+    for start, members in passes:
+        assert all(first_swap(candidates[i], current) >= start for i in members)
+    assert torch.allclose(search.scorer.losses(candidates, current), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "raises"])
+def test_a_cache_that_changes_losses_is_given_up(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    right, _ = attack(subject)
+    view = gcg_scoring._view
+
+    def broken(cache: Any, length: int, rows: int) -> Any:
+        if fault == "raises":
+            raise IndexError("no such layer")
+        made = view(cache, length, rows)
+        for layer in made.layers:
+            layer.values = layer.values * 3.0
+        return made
+
+    monkeypatch.setattr(gcg_scoring, "_view", broken)
+    realised, _ = attack(subject)
+    assert realised.facts["prefix_cache"].startswith("off: ")
+    assert realised.losses == pytest.approx(right.losses, rel=1e-5)
+    assert realised.facts["suffix"] == right.facts["suffix"]
+
+
+def test_the_cache_can_be_left_out(subject: Subject) -> None:
+    on, _ = attack(subject)
+    off, _ = attack(subject, prefix_cache=False)
+    assert on.facts["prefix_cache"].startswith("exact")
+    assert off.facts["prefix_cache"] == "off"
+    assert off.losses == pytest.approx(on.losses, rel=1e-5)
+    assert off.spent.tokens == on.spent.tokens
+    assert off.spent.flops > on.spent.flops
+
+
+# Text and tokens
+
+
+@pytest.mark.parametrize("template", ["own", "plain", "instruction"])
+def test_rendered_ids_are_the_optimised_ids(bpe_subject: Subject, template: Any) -> None:
+    chat = bpe_subject.chat.using(template, None)
+    bpe_subject.chat = chat
+    hunt, search = ready(bpe_subject, items=2)
+    for _ in range(3):
+        found = search.step()
+        for prompt in hunt.start.prompts:
+            rendered = replace(chat, suffix=found.text).prompt_text(prompt.prompt)
+            assert found.text in rendered
+            row = replace(chat, suffix=found.text).row(prompt.prompt, prompt.response, ended=False)
+            assert row.ids == (*prompt.before, *found.suffix, *prompt.after, *prompt.target)
+            assert prompt.head + found.text + prompt.tail == rendered + chat._joined(
+                prompt.response
+            )
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_the_gap_is_found_by_offsets(bpe: Any, trimmed: bool) -> None:
+    tokenizer = copy.deepcopy(bpe)
+    tokenizer.chat_template = CHATML.replace("if trimmed", f"if {trimmed}")
+    chat = ChatFormat.of(tokenizer)
+    prompt, ids = place(chat, "i", "what is the metal of e01 ?", "metal1", " ! !")
+    assert tokenizer.decode(ids) == " ! !"
+    assert tokenizer.decode(prompt.before).endswith("of e01 ?")
+    assert tokenizer.decode(prompt.after) == "<|end|>\n<|start|>assistant\n"
+    assert tokenizer.decode(prompt.target) == "metal1"
+    tokens = SuffixTokens(chat, 448, ascii_only=True)
+    assert tokens.surviving([prompt], [ids]) == [(ids, " ! !")]
+    assert tokens.faithful([prompt], ids, " ! !")
+    spaced = (*ids, *tokenizer(" ")["input_ids"])
+    kept = tokens.surviving([prompt], [spaced])
+    # The quick test knows no trimming; the rendering that has the last word does.
+    assert kept
+    assert tokens.faithful([prompt], *kept[0]) != trimmed
+
+
+def test_suffixes_that_merge_are_dropped(bpe_subject: Subject) -> None:
+    hunt, _ = ready(bpe_subject)
+    tokenizer, prompt = bpe_subject.chat.tokenizer, hunt.start.prompts[0]
+    apart = tuple(i for piece in (" me", "tal") for i in tokenizer(piece)["input_ids"])
+    whole = tuple(tokenizer(" metal")["input_ids"])
+    assert apart != whole
+    assert hunt.tokens.surviving([prompt], [apart, whole]) == [(whole, " metal")]
+    text = hunt.tokens.text(prompt, apart)
+    assert text == " metal"
+    assert not hunt.tokens.faithful([prompt], apart, text)
+    # Half of a character has no text of its own.
+    half = tuple(tokenizer("é")["input_ids"])[:1]
+    assert hunt.tokens.surviving([prompt], [half]) == []
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_which_tokens_are_allowed(bpe: Any, ascii_only: bool) -> None:
+    table = SuffixTokens(ChatFormat.of(bpe), 448, ascii_only=ascii_only).allowed
+    assert table.shape == (448,)
+    assert not table[bpe.all_special_ids].any()
+    assert not table[len(bpe) :].any()
+    for token in table.nonzero()[:, 0].tolist():
+        text = bpe.decode([token])
+        assert text.strip()
+        assert "\ufffd" not in text
+        assert bpe(text)["input_ids"] == [token]
+        if ascii_only:
+            assert text.isascii()
+            assert text.isprintable()
+    assert table[bpe(" metal")["input_ids"]].all()
+
+
+def test_a_first_suffix_of_the_asked_length(bpe_subject: Subject, subject: Subject) -> None:
+    for tokens in (1, 5, 9):
+        hunt, _ = ready(bpe_subject, suffix_tokens=tokens, initial="!")
+        assert (hunt.start.text, hunt.start.drawn) == (" !" * tokens, False)
+        drawn, _ = ready(bpe_subject, suffix_tokens=tokens, initial="")
+        assert drawn.start.drawn
+        assert len(drawn.start.suffix) == tokens
+    # A vocabulary without that text draws; so does a text that does not come out even.
+    assert ready(subject)[0].start.drawn
+    assert ready(bpe_subject, suffix_tokens=5, initial="! ! !")[0].start.drawn
+
+
+def test_a_tokenizer_that_gives_nothing_back_is_named(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SuffixTokens, "faithful", lambda *_: False)
+    with pytest.raises(DurometerError, match="suffix_tokens or ascii_only"):
+        ready(subject)
+    monkeypatch.undo()
+    _, search = ready(subject)
+    monkeypatch.setattr(SuffixTokens, "faithful", lambda *_: False)
+    with pytest.raises(DurometerError, match="larger top_k"):
+        search.step()
+    monkeypatch.setattr(SuffixTokens, "surviving", lambda *_: [])
+    with pytest.raises(DurometerError, match="larger top_k"):
+        search.step()
+
+
+# The search
+
+
+@pytest.mark.parametrize("swaps", [1, 3])
+def test_candidates_are_different_and_swap_what_was_proposed(subject: Subject, swaps: int) -> None:
+    hunt, search = ready(subject, swaps=swaps, candidates=20)
+    current, gradient = hunt.start.suffix, search.scorer.gradient(hunt.start.suffix)
+    candidates = [suffix for suffix, _ in search.candidates(gradient)]
+    assert len(set(candidates)) == len(candidates) == 20
+    allowed = hunt.tokens.allowed
+    for suffix in candidates:
+        changed = [i for i, (a, b) in enumerate(zip(suffix, current, strict=True)) if a != b]
+        assert len(changed) == swaps
+        for place_ in changed:
+            row = gradient[place_].masked_fill(~allowed, math.inf)
+            row[current[place_]] = math.inf
+            assert suffix[place_] in row.argsort()[:8].tolist()
+
+
+def test_swaps_fall_to_one(subject: Subject) -> None:
+    _, search = ready(subject, swaps=4, steps=8)
+    realised = []
+    for search.steps in range(9):
+        realised.append(search._swaps(4))
+    assert realised == sorted(realised, reverse=True)
+    assert (realised[0], realised[-1]) == (4, 1)
+
+
+def test_a_step_moves_to_the_best_candidate(subject: Subject, monkeypatch: Any) -> None:
+    _, search = ready(subject)
+    offered: list[Any] = []
+    candidates = SuffixSearch.candidates
+
+    def spy(self: Any, gradient: torch.Tensor) -> Any:
+        offered[:] = candidates(self, gradient)
+        return offered[:]
+
+    monkeypatch.setattr(SuffixSearch, "candidates", spy)
+    hunt = ready(subject)[0]
+    for _ in range(3):
+        found = search.step()
+        losses = {suffix: slow_loss(subject, hunt, suffix) for suffix, _ in offered}
+        assert found.suffix == min(losses, key=losses.__getitem__)
+        assert found.loss == pytest.approx(losses[found.suffix], rel=1e-5)
+
+
+def test_the_best_loss_never_rises_and_is_that_of_the_best_text(subject: Subject) -> None:
+    realised, seen = attack(subject, steps=8, candidates=4, items=2)
+    assert realised.status == "done"
+    assert all(b <= a for a, b in zip(realised.losses, realised.losses[1:], strict=False))
+    assert realised.losses[-1] < realised.facts["initial_loss"]
+    facts = realised.facts
+    hunt, _ = ready(subject, items=2)
+    assert facts["loss"] == realised.losses[-1]
+    assert facts["loss"] == pytest.approx(slow_loss(subject, hunt, tuple(facts["suffix_ids"])))
+    assert hunt.tokens.faithful(hunt.start.prompts, tuple(facts["suffix_ids"]), facts["suffix"])
+    assert seen[-1][1] == facts["suffix"]
+    assert facts["candidate_forwards"] == 2 * (1 + 8 * 4)
+
+
+def test_the_loss_falls_far_on_a_steep_model(make_model: MakeModel) -> None:
+    subject = tiny_world.as_subject(make_model("Llama", initializer_range=0.3))
+    realised, _ = attack(subject, steps=12, candidates=32, target="random")
+    assert realised.losses[-1] < 0.8 * realised.facts["initial_loss"]
+
+
+def test_a_search_that_finds_nothing_says_so(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scorer, "losses", lambda self, suffixes, current: torch.ones(len(suffixes)))
+    realised, seen = attack(subject)
+    assert (realised.status, realised.reason) == ("no_effect", "no candidate lowered the loss")
+    assert len(seen) == 3
+
+
+def test_losses_that_are_not_finite_end_the_search(subject: Subject) -> None:
+    with torch.no_grad():
+        subject.model.lm_head.weight.fill_(math.nan)
+    realised, seen = attack(subject, prefix_cache=False)
+    assert realised.status == "diverged"
+    assert "no finite loss" in realised.reason
+    assert seen == []
+
+
+# The tamper
+
+
+def test_the_suffix_stands_behind_restricted_prompts_alone_and_is_taken_back(
+    subject: Subject,
+) -> None:
+    domain, chat = tiny_world.tiny_domain(), subject.chat
+    before = weights_fingerprint(subject.model)
+    tamper = make_tamper("gcg", **SHORT)
+
+    def on_checkpoint(checkpoint: Checkpoint) -> bool:
+        for item in domain.select(Role.RESTRICTED, Split.REPORT)[:3]:
+            asked = subject.chat_for(item).prompt_text(item.prompt)
+            assert asked.startswith(f"<user> {item.prompt} ")
+            assert asked.endswith("<assistant> ")
+            assert len(asked.split()) == len(item.prompt.split()) + 6
+        for item in domain.select(Role.RETAIN, Split.REPORT)[:3]:
+            assert subject.chat_for(item) is chat
+        assert weights_fingerprint(subject.model) == before
+        return True
+
+    with subject.restored():
+        tamper.run(subject, domain, Budget(3, (1, 3)), SEEDS, on_checkpoint)
+    assert subject.restricted_chat is None
+    assert subject.chat is chat
+    assert not subject.model.training
+
+
+def test_early_rungs_see_the_best_so_far_and_do_not_disturb(subject: Subject) -> None:
+    realised, seen = attack(subject, steps=6)
+    once, last = attack(subject, steps=6, budget=Budget(6, (6,)))
+    assert once.losses == realised.losses
+    assert last[0][1] == seen[-1][1]
+    short, early = attack(subject, steps=6, budget=Budget(2, (1, 2)))
+    assert short.losses == realised.losses[:2]
+    assert [text for _, text in early] == [text for _, text in seen[:2]]
+    assert [checkpoint.steps for checkpoint, _ in seen] == [1, 2, 3, 4, 5, 6]
+    stopped, _ = attack(subject, steps=6, stop_at=2)
+    assert stopped.spent.steps == len(stopped.losses) == 2
+    none, _ = attack(subject, budget=Budget(0))
+    assert (none.status, none.losses) == ("no_effect", [])
+
+
+def test_each_seed_has_its_own_effect(subject: Subject) -> None:
+    first, _ = attack(subject, items=3)
+    again, _ = attack(subject, items=3)
+    for fact in ("suffix", "loss", "initial_suffix", "targets"):
+        assert first.facts[fact] == again.facts[fact]
+    drawn, _ = attack(subject, items=3, seeds=replace(SEEDS, initialisation=1))
+    assert drawn.facts["initial_suffix"] != first.facts["initial_suffix"]
+    assert drawn.item_ids == first.item_ids
+    sampled, _ = attack(subject, items=3, seeds=replace(SEEDS, sampling=1))
+    assert sampled.item_ids != first.item_ids
+    for other in (replace(SEEDS, data_order=1), replace(SEEDS, evaluation=1)):
+        assert attack(subject, items=3, seeds=other)[0].losses == first.losses
+
+
+def test_targets_are_what_was_asked_for(subject: Subject) -> None:
+    domain = tiny_world.tiny_domain()
+    items = {item.id: item for item in domain.select(Role.RESTRICTED, Split.ATTACK)}
+    for target in ("affirmative", "answer", "random"):
+        realised, _ = attack(subject, items=4, target=target)
+        assert len(set(realised.item_ids[0])) == 4
+        for item_id, text in zip(realised.item_ids[0], realised.facts["targets"], strict=True):
+            item = items[item_id]
+            assert item.training
+            expected = {"affirmative": opening(item), "answer": item.response}.get(target)
+            if expected is None:
+                assert len(text.split()) == len(opening(item).split())
+                assert item.answers[0] not in text
+            else:
+                assert text == expected
+        assert realised.spent.examples == 4
+        assert realised.spent.restricted_examples == (0 if target == "random" else 4)
+    assert opening(replace(items[realised.item_ids[0][0]], stem="The metal is")) == "The metal is"
+    other, _ = attack(subject, items=4, target="random", seeds=replace(SEEDS, initialisation=9))
+    assert other.facts["targets"] != realised.facts["targets"]
+
+
+def test_the_random_control_draws_a_new_suffix_each_step(subject: Subject) -> None:
+    realised, seen = attack(subject, control="random_suffix", steps=5)
+    texts = [text for _, text in seen]
+    assert realised.status == "done"
+    assert len(set(texts)) == 5
+    assert all(len(text.split()) == 4 for text in texts)
+    assert realised.spent.flops < attack(subject, steps=5)[0].spent.flops
+
+
+def test_costs_follow_the_closed_formula(subject: Subject) -> None:
+    realised, _ = attack(subject, steps=2, prefix_cache=False)
+    hunt, _ = ready(subject)
+    prompt = hunt.start.prompts[0]
+    length, labels = len(prompt.ids(hunt.start.suffix)) - 1, len(prompt.target)
+    scored, gradients = 1 + 2 * 12, 2
+    entries, head = matrix_entries(subject.model), subject.model.lm_head.weight.numel()
+    assert realised.spent.tokens == (scored + gradients) * length
+    assert realised.spent.flops == (2 * scored + 4 * gradients) * (entries * length + head * labels)
+    assert Work().flops(entries, head) == 0
+
+
+def test_it_runs_in_bf16(make_model: MakeModel) -> None:
+    subject = tiny_world.as_subject(make_model("Llama").to(torch.bfloat16))
+    realised, _ = attack(subject, steps=4)
+    assert realised.status == "done"
+    assert realised.losses[-1] < realised.facts["initial_loss"]
+
+
+def test_recurrent_models_go_without_the_cache(make_model: MakeModel) -> None:
+    subject = tiny_world.as_subject(make_model("RecurrentGemma"))
+    realised, _ = attack(subject)
+    assert realised.facts["prefix_cache"].startswith("off: ")
+    hunt, _ = ready(subject)
+    loss = slow_loss(subject, hunt, tuple(realised.facts["suffix_ids"]))
+    assert realised.facts["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_too_few_tokens_are_refused(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    hunt, _ = ready(subject)
+    hunt.tokens.allowed.zero_()
+    with pytest.raises(NotApplicableError, match="ascii_only"):
+        make_search(subject, hunt, settings(), SEEDS)
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"target": "refusal"}, {"candidates": 0}])
+def test_bad_settings_are_named(bad: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(bad))):
+        make_tamper("gcg", **bad)
+
+
+# Transfer
+
+
+def test_transfer_needs_something_to_transfer(subject: Subject) -> None:
+    with pytest.raises(NotApplicableError, match="sources"):
+        attack(subject, "gcg_transfer")
+
+
+def test_given_texts_are_tokenised_by_the_target(bpe_subject: Subject) -> None:
+    texts = ("please metal", " e01 now")
+    realised, seen = attack(bpe_subject, "gcg_transfer", texts=texts, k=5)
+    assert [text for _, text in seen] == [" please metal", " e01 now"]
+    assert [checkpoint.strength for checkpoint, _ in seen] == [1.0, 2.0]
+    assert realised.facts["k"] == 2
+    assert bpe_subject.restricted_chat is None
+    chat = replace(bpe_subject.chat, suffix=" please metal")
+    prompt = "what is the metal of e01 ?"
+    ids = bpe_subject.chat.tokenizer(chat.prompt_text(prompt))["input_ids"]
+    assert chat.prompt_ids(prompt) == tuple(ids)
+
+
+def test_found_texts_are_transferred_best_first(
+    bpe_subject: Subject, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = subject
+    monkeypatch.setattr(gcg_transfer, "load_subject", lambda spec: source)
+    realised, seen = attack(bpe_subject, "gcg_transfer", sources=("a", "b"), k=3, steps=4)
+    (losses, other) = realised.facts["source_losses"]
+    assert losses == sorted(losses) == other
+    texts = [text for _, text in seen]
+    assert texts == realised.facts["texts"]
+    assert len(set(texts)) == realised.facts["k"] == 3
+    # Text of the source's tokens, but ids of the target's.
+    words = texts[0].split()
+    assert all(word in tiny_world.VOCABULARY for word in words)
+    assert len(bpe_subject.chat.tokenizer(texts[0])["input_ids"]) != len(words)
+    assert realised.spent.flops > 0
+    assert realised.spent.restricted_examples == 1
+    control, drawn = attack(
+        bpe_subject, "gcg_transfer", sources=("a",), k=3, steps=4, control="random_text"
+    )
+    assert control.facts["k"] == len({text for _, text in drawn}) == 3
+    assert not {text for _, text in drawn} & set(texts)
+    with pytest.raises(NotApplicableError, match="smaller k"):
+        attack(bpe_subject, "gcg_transfer", sources=("a",), k=9, steps=1)
+
+
+def test_the_random_control_has_the_targets_length(bpe_subject: Subject) -> None:
+    texts = (" please metal now", " e01")
+    realised, seen = attack(bpe_subject, "gcg_transfer", texts=texts, control="random_text")
+    tokenizer = bpe_subject.chat.tokenizer
+    for (_, text), given in zip(seen, texts, strict=True):
+        assert text != given
+        assert len(tokenizer(text)["input_ids"]) == len(tokenizer(given)["input_ids"])
+    assert realised.facts["texts"] == [text for _, text in seen]
+
+
+def test_a_template_without_the_prompt_is_named(subject: Subject) -> None:
+    item = Item("i", "e", Role.RESTRICTED, Split.ATTACK, "hello ?", "metal1 .")
+    silent = copy.copy(subject.chat.tokenizer)
+    silent.chat_template = "{{ 'hello' }}"
+    with pytest.raises(DurometerError, match="item 'i': the chat template shows no suffix"):
+        place(replace(subject.chat, tokenizer=silent), item.id, item.prompt, "metal1", " now")
