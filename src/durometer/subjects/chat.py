@@ -177,7 +177,7 @@ class ChatFormat:
 
     def _with_bos(self, encoded: Any) -> Any:
         """Put one beginning-of-sequence token before the ids, or take it off, if that is asked."""
-        bos, ids = self.tokenizer.bos_token_id, encoded["input_ids"]
+        bos, ids = getattr(self.tokenizer, "bos_token_id", None), encoded["input_ids"]
         if self.bos is None or bos is None or self.bos == (ids[:1] == [bos]):
             return encoded
         if self.bos:
