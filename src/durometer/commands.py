@@ -58,7 +58,11 @@ def run_folder(request: Request, out: Path | None, *, resume: bool) -> Path:
 
 def loading(subject: str) -> str:
     """Return what is said while a subject is loaded, which may take a minute."""
-    made = " (made on first use)" if subject in subject_registry.names() else ""
+    made = (
+        " (a built-in one is made once, on first use)"
+        if subject in subject_registry.names()
+        else ""
+    )
     return f"loading {subject}{made}"
 
 

@@ -176,7 +176,7 @@ def describe_trial(spec: TrialSpec, subject: str) -> str:
 
 
 def _success(checkpoint: CheckpointRecord) -> float | None:
-    items = success_items(checkpoint, Split.SELECT)
+    items = success_items(checkpoint, Split.SELECT) or success_items(checkpoint, Split.REPORT)
     return sum(item["correct"] for item in items) / len(items) if items else None
 
 

@@ -178,6 +178,21 @@ def _seed_range(budget: Mapping[str, Any], written: Any) -> str:
     return f"({low}, > {most})" if open_end else f"({low}, {most}]"
 
 
+def strength_at(tamper: Mapping[str, Any], budget: Mapping[str, Any] | None) -> str:
+    """Return the strength at which a ladder broke, in words; '' for a tamper that makes steps."""
+    steps = budget["median"] if budget else None
+    for checkpoint in tamper["checkpoints"]:
+        if steps and checkpoint["steps"] == steps and checkpoint["strength"] is not None:
+            return f"strength {quantity(checkpoint['strength'])}"
+    return ""
+
+
+def unit_of(tamper: Mapping[str, Any]) -> str:
+    """Return what is counted as a step: updates or rounds ('steps'), or strengths ('rungs')."""
+    later = [c for c in tamper["checkpoints"] if c["steps"]]
+    return "rungs" if later and all(c["strength"] is not None for c in later) else "steps"
+
+
 # --- drawings ---
 
 

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from durometer.domains.base import Split
 from durometer.report import figures
-from durometer.report.figures import Curve, Place, Point, budget_of, budget_text
+from durometer.report.figures import Curve, Place, Point, budget_of, budget_text, strength_at
 from durometer.trials.analysis import success_items, success_rate
 from durometer.trials.record import CheckpointRecord, TrialRecord, TrialSpec
 from durometer.trials.store import Store
@@ -211,6 +211,7 @@ def budget_row(tamper: Json, summary: Json) -> dict[str, Any]:
         cells.append(
             {axis: budget_text(budget) for axis, budget in found.items()}
             | {"kind": (found["steps"] or {}).get("kind", "")}
+            | {"unit": figures.unit_of(tamper), "strength": strength_at(tamper, found["steps"])}
         )
     cost, after = stands_for(tamper, "utility_loss"), stands_for(tamper, "success_report")
     control = [c for c in undefended_curve(summary, tamper["configuration"]) if c["steps"]]
@@ -238,9 +239,7 @@ def not_begun(summary: Json) -> list[str]:
 
 
 def _axis(tamper: Json) -> figures.Axis:
-    later = [c for c in tamper["checkpoints"] if c["steps"]]
-    by_strength = bool(later) and all(c["strength"] is not None for c in later)
-    return "strength" if by_strength else "steps"
+    return "strength" if figures.unit_of(tamper) == "rungs" else "steps"
 
 
 def _x(checkpoint: Json, axis: figures.Axis) -> float:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from durometer.report import figures
-from durometer.report.figures import BudgetText, budget_of, budget_text
+from durometer.report.figures import budget_of, budget_text
 from durometer.report.html import hardness, stands_for, undefended_curve
 
 Json = Mapping[str, Any]
@@ -72,10 +72,6 @@ def _budgets(summary: Json) -> Table:
 
 
 def _row(tamper: Json, summary: Json) -> list[Text]:
-    within, free = (
-        {axis: budget_text(budget_of(tamper, HALF, within=w, axis=axis)) for axis in AXES}
-        for w in (True, False)
-    )
     after = stands_for(tamper, "success_report") or {}
     cost = (stands_for(tamper, "utility_loss") or {}).get("utility_loss")
     start: Json = next((c for c in tamper["checkpoints"] if not c["steps"]), {})
@@ -87,8 +83,8 @@ def _row(tamper: Json, summary: Json) -> list[Text]:
     refusal = after.get("refusal") if after.get("success") else None
     return [
         _name(tamper),
-        _budget(within),
-        _budget(free),
+        _budget(tamper, within=True),
+        _budget(tamper, within=False),
         _text(f"{_share(start.get('success_report'))}\n{_share(after.get('success_report'))}"),
         _text(_whole(refusal)),
         _text("n/a" if cost is None else figures.decimal(cost["value"])),
@@ -107,14 +103,15 @@ def _name(tamper: Json) -> Text:
     return Text("\n", overflow="fold").join(lines)
 
 
-def _budget(texts: dict[str, BudgetText]) -> Text:
-    steps, examples = texts["steps"], texts["examples"]
+def _budget(tamper: Json, *, within: bool) -> Text:
+    found = {axis: budget_of(tamper, HALF, within=within, axis=axis) for axis in AXES}
+    steps, examples = (budget_text(found[axis]) for axis in AXES)
     if not steps.broken:
         return _text("not measured", "dim")
     style = "bold" if steps.censored else "bold red"
-    lines = [_text(f"{steps.value} steps", style)]
-    if steps.interval:
-        lines.append(_text(_narrow(steps.interval)))
+    lines = [_text(f"{steps.value} {figures.unit_of(tamper)}", style)]
+    told = (figures.strength_at(tamper, found["steps"]), steps.interval and _narrow(steps.interval))
+    lines += [_text(line) for line in told if line]
     lines += [_text(f"{examples.value} ex."), _text(steps.broken.replace(" of ", "/"), "dim")]
     return Text("\n").join(lines)
 
@@ -138,7 +135,7 @@ def _legend(summary: Json) -> Text:
     points = "" if limit is None else f" (at most {limit:g} points of retain score lost)"
     return _text(
         "Median over seeds; (a, b]: no seed had broken at a, all had at b; > is a lower bound: "
-        f"never reached. Limit: utility{points}. "
+        f"never reached. Limit: utility{points}; points below 0 are gained. "
         "ex. = examples. Success and points on report items, refusals on select items, at the "
         "median break or the last checkpoint; intervals are in the report.",
         "dim",
@@ -159,7 +156,14 @@ def _states(summary: Json) -> Iterator[Text]:
     yield _text(f"Trials: {', '.join(told) or 'none'} ({grade})")
     if not summary["complete"]:
         left = f"{missing} of {planned} planned trials are missing" if missing else "not complete"
-        yield _text(f"Interrupted: {left}; go on with --resume", "yellow")
+        yield _text(f"Interrupted: {left}; go on with: {_again(summary)}", "yellow")
+
+
+def _again(summary: Json) -> str:
+    """Return the command that goes on with the run, whichever command began it."""
+    request = summary["request"] or {"subject": "SUBJECT", "domain": "DOMAIN"}
+    words = [request["subject"], "--domain", request["domain"]]
+    return " ".join(["durometer stress", *words, "... --out DIR --resume"])
 
 
 def _controls(summary: Json) -> Table:
