@@ -181,12 +181,18 @@ def _spent_in_words(tamper: dict[str, Any], budget: dict[str, Any]) -> str:
     return f"in {budget['steps']:g} steps {examples}"
 
 
-def _budget_order(tamper: dict[str, Any]) -> tuple[float, float]:
+def _budget_order(tamper: dict[str, Any]) -> tuple[bool, float, float]:
     budget = tamper["budget_to_break"]
+    import durometer.catalogue  # noqa: F401  (fills the registries)
+    from durometer.tampers.base import tamper_registry
+
+    known = tamper_registry.names()
+    # Who holds the checkpoint from before the safeguard needs no attack: a row, never a headline.
+    without = tamper["name"] in known and tamper_registry.get(tamper["name"]).access_level == "A5"
     # FLOPs first: the one unit that steps of training, of a search and of a ladder share.
     if budget["steps"] is None:
-        return (float("inf"), float("inf"))
-    return (budget["flops"] or 0.0, budget["steps"])
+        return (without, float("inf"), float("inf"))
+    return (without, budget["flops"] or 0.0, budget["steps"])
 
 
 def _rules(
