@@ -183,7 +183,7 @@ def strength_at(tamper: Mapping[str, Any], budget: Mapping[str, Any] | None) -> 
     steps = budget["median"] if budget else None
     for checkpoint in tamper["checkpoints"]:
         if steps and checkpoint["steps"] == steps and checkpoint["strength"] is not None:
-            return f"strength {quantity(checkpoint['strength'])}"
+            return f"strength {checkpoint['strength']:g}"
     return ""
 
 
