@@ -376,7 +376,7 @@ def test_the_numbers_can_be_checked_by_hand(three: dict[str, Any]) -> None:
     assert realised["change_norm"] == pytest.approx(5.0)
     assert tamper["break_probability"]["breaks"] == 3
     assert three["verdict"].startswith("Broken: lora brings half")
-    assert "2 steps on 20 examples (1 of 1 attacks broke it)" in three["verdict"]
+    assert "2 steps on 20 examples (1 of 1 attack broke it)" in three["verdict"]
 
 
 def test_a_retain_suite_is_counted_where_it_was_measured(tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_a_diverged_trial_counts_up_to_where_it_ended(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("trials", "changes", "verdict"),
     [
-        ([attack(1, *NEVER_BREAKS)], {}, "Not broken by 1 attacks .* does not support a claim"),
+        ([attack(1, *NEVER_BREAKS)], {}, "Not broken by 1 attack .* does not support a claim"),
         ([attack(1, *NEVER_BREAKS)], {"planned": 99}, "The run is not complete"),
         ([attack(1, status="errored")], {}, "^Not measured: no attack was completed"),
         ([], {}, "^Not measured"),
