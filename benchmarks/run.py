@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("training", "generation", "attention", "restore", "demo")
+NAMES = ("training", "generation", "attention", "directions", "gcg", "restore", "demo")
 
 
 def main() -> int:
