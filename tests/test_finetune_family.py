@@ -20,7 +20,7 @@ from durometer.subjects.base import Subject
 from durometer.subjects.fingerprint import weights_fingerprint
 from durometer.tampers import base_precision
 from durometer.tampers.base import Checkpoint, Realised, make_tamper
-from durometer.tampers.base_precision import GROUP, base_weights, group_scales, round_to_grid
+from durometer.tampers.base_precision import GROUP, base_weights, round_to_grid
 from durometer.tampers.data import training_items
 from durometer.tampers.finetune import FineTuning
 from durometer.tampers.jailbreak_tuning import TRANSFORMS
@@ -618,7 +618,9 @@ def test_the_base_lies_on_its_grid_while_the_adapter_trains(
                 continue
             assert torch.equal(weight, round_to_grid(old[plain], bits))
             assert not torch.equal(weight, old[plain])
-            steps = group_scales(old[plain], bits).repeat_interleave(GROUP, -1)
+            padded = torch.nn.functional.pad(old[plain], (0, -old[plain].shape[-1] % GROUP))
+            peaks = padded.unflatten(-1, (-1, GROUP)).abs().amax(-1)
+            steps = (peaks / (2 ** (bits - 1) - 1)).repeat_interleave(GROUP, -1)
             whole = weight / steps[:, : weight.shape[1]]
             assert float((whole - whole.round()).abs().max()) < 1e-3
             assert float(whole.abs().max()) <= 2 ** (bits - 1) - 1 + 1e-3

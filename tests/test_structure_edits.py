@@ -22,6 +22,7 @@ from durometer.core.rebalance import Rebalancer
 from durometer.core.rows import Row
 from durometer.core.seeds import Seeds
 from durometer.subjects.base import Subject
+from durometer.tampers import weight_noise
 from durometer.tampers.base import Realised, make_tamper
 from durometer.tampers.calibration import CalibrationSettings, calibration_rows
 from durometer.tampers.data import make_rows, training_items
@@ -700,3 +701,19 @@ def test_half_precision_is_rebalanced_almost_exactly(make_model: MakeModel) -> N
         assert torch.equal(logits_of(model), plain)
     realised, _ = run(subject, "rescale", steps=1, batch_size=2, examples=2)
     assert realised.facts["logits_changed"] < 0.1
+
+
+def test_a_strength_without_effect_does_not_hide_the_others(subject: Subject) -> None:
+    """A break at an earlier strength must stay in the rates."""
+
+    class Fading(weight_noise.WeightNoise):
+        def apply(self, subject: Subject, strength: float, realised: Realised) -> int:
+            return super().apply(subject, strength if strength < 0.5 else 0.0, realised)
+
+    fading = Fading(weight_noise.WeightNoiseSettings(strengths=(0.1, 1.0)))
+    with subject.restored():
+        realised = fading.run(
+            subject, tiny_world.tiny_domain(), Budget(2, (1, 2)), Seeds(1, 2, 3, 4), lambda c: True
+        )
+    assert realised.status == "done"
+    assert "without_effect" in realised.facts

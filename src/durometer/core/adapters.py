@@ -30,14 +30,15 @@ def linear_maps(model: nn.Module, targets: Targets) -> list[str]:
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and _plays(name, targets)
+        if isinstance(module, nn.Linear) and module is not head and plays(name, targets)
     ]
     if not names:
         raise NotApplicableError(f"no linear maps found for targets={targets}")
     return names
 
 
-def _plays(name: str, targets: Targets) -> bool:
+def plays(name: str, targets: Targets) -> bool:
+    """Say whether the module or weight ``name`` belongs to ``targets``, by what it sits in."""
     attention = any("attn" in part or "attention" in part for part in name.split("."))
     return targets == "all" or attention == (targets == "attention")
 
@@ -45,7 +46,7 @@ def _plays(name: str, targets: Targets) -> bool:
 class Adapter:
     """One low-rank adapter ``W' = W + scale B A`` on a model; A is random, B starts at 0.
 
-    Its matrices have the model's dtype (fp32 ones cost a third of every pass in bf16); ``Trainer``
+    Its matrices have the model's dtype (fp32 ones slow every pass in bf16); ``Trainer``
     keeps fp32 masters of them, so that small updates are not lost.
 
     Args:

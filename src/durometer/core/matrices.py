@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from durometer.core.adapters import Targets
+from durometer.core.adapters import Targets, plays
 from durometer.core.errors import NotApplicableError
 from durometer.core.structure import blocks
 
@@ -26,16 +26,11 @@ def block_matrices(model: nn.Module, targets: Targets) -> dict[str, nn.Parameter
         owner, _, leaf = name.rpartition(".")
         linear = isinstance(modules[owner], nn.Linear) and leaf == "weight"
         expert = parameter.dim() == 3 and "expert" in name
-        if (linear or expert) and name.startswith(prefixes) and _plays(name, targets):
+        if (linear or expert) and name.startswith(prefixes) and plays(name, targets):
             found[name] = parameter
     if not found:
         raise NotApplicableError(f"no weight matrices found in the blocks for targets={targets}")
     return found
-
-
-def _plays(name: str, targets: Targets) -> bool:
-    attention = any("attn" in part or "attention" in part for part in name.split("."))
-    return targets == "all" or attention == (targets == "attention")
 
 
 def as_maps(model: nn.Module, name: str, weights: torch.Tensor) -> torch.Tensor:

@@ -6,34 +6,15 @@ import torch
 from torch import nn
 
 from durometer.core.errors import NotApplicableError
+from durometer.core.quantisation import round_to_nearest
 from durometer.subjects.base import Subject
 
 GROUP = 64
 
 
-def group_scales(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the step of each group's grid: the largest magnitude over the largest whole number.
-
-    Args:
-        weight: shape [..., in]; a last group shorter than ``GROUP`` has a step of its own.
-
-    Returns:
-        fp32, shape [..., groups].
-    """
-    short = -weight.shape[-1] % GROUP
-    padded = nn.functional.pad(weight.detach().float(), (0, short))
-    groups = padded.reshape(*padded.shape[:-1], -1, GROUP)
-    return groups.abs().amax(-1) / float(2 ** (bits - 1) - 1)
-
-
 def round_to_grid(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return ``weight`` rounded to the nearest of ``2**bits - 1`` symmetric values a group.
-
-    Groups are ``GROUP`` neighbouring inputs of one output. Shape [..., in], fp32 as a result.
-    """
-    steps = group_scales(weight, bits).repeat_interleave(GROUP, -1)[..., : weight.shape[-1]]
-    whole = (weight.detach().float() / steps.clamp_min(torch.finfo(torch.float32).tiny)).round()
-    return whole * steps
+    """Return ``weight`` [..., in] on a symmetric grid per group of ``GROUP`` inputs (fp32)."""
+    return round_to_nearest(weight.detach(), bits, GROUP)
 
 
 def base_weights(model: nn.Module) -> list[str]:

@@ -67,13 +67,14 @@ class Ladder(Tamper[S]):
     ) -> Realised:
         """Try the strengths within ``budget``, weakest first; see ``Tamper.run``."""
         realised, spent = Realised(), Spent()
-        begun = time.perf_counter()
+        begun, effective = time.perf_counter(), False
         if budget.steps:
             self.prepare(subject, data, seeds, realised, spent)
         for step, strength in enumerate(self.strengths()[: budget.steps], start=1):
             subject.restoration.undo()
             realised.changed_weights = self.apply(subject, strength, realised)
             self._audit(subject, realised, strength)
+            effective |= realised.status == "done" and strength != 0
             spent.steps = step
             spent.seconds += time.perf_counter() - begun
             stop = step in budget.rungs and not on_checkpoint(
@@ -82,6 +83,10 @@ class Ladder(Tamper[S]):
             begun = time.perf_counter()
             if stop or realised.status == "diverged":
                 break
+        if realised.status == "no_effect" and effective:
+            # One strength without effect must not hide what the others did.
+            realised.facts["without_effect"] = realised.reason
+            realised.status, realised.reason = "done", ""
         realised.spent = spent
         return realised
 

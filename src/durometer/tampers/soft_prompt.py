@@ -27,6 +27,10 @@ from durometer.tampers.data import make_rows, order_hash, shuffled_batches, trai
 CANDIDATES = 256
 
 
+# Updates in each of the two means that tell whether the loss fell.
+LEAST_QUARTER = 2
+
+
 class SoftPromptSettings(Settings):
     """Size, start and training of the soft prompt."""
 
@@ -284,9 +288,14 @@ class SoftPrompt(Tamper[SoftPromptSettings]):
 
 
 def _fell(losses: list[float]) -> bool:
-    """Compare the means of the first and the last quarter: single batches differ by chance."""
-    quarter = max(1, len(losses) // 4)
-    return len(losses) == 1 or sum(losses[-quarter:]) < sum(losses[:quarter])
+    """Compare the means of the first and the last quarter: single batches differ by chance.
+
+    Too few updates tell nothing, and a trial that broke early must not be dropped for its batches.
+    """
+    if len(losses) > 1 and max(losses) - min(losses) < 1e-6:
+        return False  # nothing moves it at all
+    quarter = len(losses) // 4
+    return quarter < LEAST_QUARTER or sum(losses[-quarter:]) < sum(losses[:quarter])
 
 
 def _unless_diverged(realised: Realised, reason: str) -> tuple[str, str]:

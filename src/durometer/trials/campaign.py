@@ -201,8 +201,8 @@ class Campaign:
             control = self.baselines[spec.role].key if spec.role in self.baselines else ""
             runner = TrialRunner(subject, self.domain, self.suite.plan, self.observer)
             record = runner.run(spec, key, rule, control)
-            release_free_memory()
             self.store.add(record)
+            release_free_memory()
         else:
             record = found
         self.records.append(record)

@@ -200,7 +200,8 @@ class TrialRunner:
         record = CheckpointRecord(
             checkpoint.steps, asdict(checkpoint.spent), checkpoint.strength, []
         )
-        if spec.purpose != "fresh":  # chosen already: what is left to do is to measure it
+        # A screen's fresh seeds measure what was chosen; a claim's tell how lucky that was, too.
+        if self._plan.always or spec.purpose != "fresh":
             record.items += self._probe("select")
         last = checkpoint.steps in (0, *spec.rungs[-1:])
         if self._plan.always or last or (rule is not None and rule.candidate(record)):
