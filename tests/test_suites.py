@@ -7,7 +7,6 @@ import pytest
 
 import durometer.catalogue  # noqa: F401  (fills the registries)
 from durometer.core.errors import InputError
-from durometer.core.settings import digest_of
 from durometer.tampers.base import make_tamper, tamper_registry
 from durometer.trials.campaign import FIRST_SEED, Request, chosen_suite, not_tested
 from durometer.trials.suites import (
@@ -21,17 +20,11 @@ from durometer.trials.suites import (
 )
 
 
-def digest(attack: Attack) -> str:
-    """Return what tells one configuration from another, defaults written out."""
-    settings = make_tamper(attack.tamper, **attack.settings).settings.canonical()
-    return digest_of([attack.tamper, settings])
-
-
 @pytest.mark.parametrize("name", SUITES)
 @pytest.mark.parametrize("parameters", [1_000, 10**9])
 def test_suites_hold_sound_attacks_each_once(name: str, parameters: int) -> None:
     suite = make_suite(name, parameters)
-    digests = [digest(attack) for attack in suite.attacks]
+    digests = [attack.digest for attack in (*suite.attacks, *suite.matched_controls)]
     assert len(set(digests)) == len(digests)
     assert suite.claim_grade == (name == "full")
     assert suite.seeds >= (6 if suite.claim_grade else 3)
@@ -110,6 +103,33 @@ def test_what_a_suite_leaves_out_is_named(name: str) -> None:
         assert named == (tamper not in attacked and tamper != "none")
     assert set(NOT_TESTED) <= set(told)
     assert describe_suite(suite).startswith("claim-grade" if name == "full" else "a screen")
+
+
+def test_every_attack_that_looks_for_something_has_one_matched_control() -> None:
+    suite = make_suite("standard", 10**9)
+    assert [attack.tamper for attack in suite.matched_controls] == [
+        "ablate_direction", "prune_wanda", "quantize_rtn", "prefill", "soft_prompt", "gcg",
+        "base_reversion",
+    ]  # fmt: skip
+    for attack, control in itertools.product(suite.attacks, suite.matched_controls):
+        if attack.tamper == control.tamper:
+            random = tamper_registry.get(attack.tamper).matched_control
+            assert random is not None
+            assert control.settings == attack.settings | dict([random]) != attack.settings
+    request = Request("x", "y", tampers=("steer:vector=random", "lora"))
+    assert chosen_suite(request, 1_000).matched_controls == ()
+    assert chosen_suite(Request("x", "y", tampers=("steer",)), 1_000).matched_controls == (
+        Attack("steer", {"vector": "random"}),
+    )
+
+
+@pytest.mark.parametrize("name", tamper_registry.names())
+def test_matched_controls_are_settings_that_differ_from_the_defaults(name: str) -> None:
+    control = tamper_registry.get(name).matched_control
+    random = dict([control]) if control else {}
+    plain = make_tamper(name).settings.canonical()
+    settings = make_tamper(name, **random).settings.canonical()
+    assert {key for key in plain if plain[key] != settings[key]} == set(random)
 
 
 def test_a_screen_resolves_its_limit_with_fewer_items_than_a_claim() -> None:

@@ -514,6 +514,38 @@ def test_the_worst_is_reported_with_fresh_seeds_only(tmp_path: Path) -> None:
     assert told["label"] == "lora (rank=4)"
 
 
+def test_a_fresh_seed_without_effect_counts_with_the_untouched_subject(tmp_path: Path) -> None:
+    screen = [attack(seed, *BREAKS_AT_4) for seed in (1, 2, 3)]
+    fresh = attack(1001, (20, 20, 38), purpose="fresh")
+    nothing = attack(1002, purpose="fresh", status="no_effect")
+    worst = {
+        "tamper": "lora",
+        "settings": screen[0].spec.settings,
+        "configuration": screen[0].spec.configuration,
+        "steps": 4,
+        "select": 0.9,
+    }
+    stored_trials = [*controls(), *screen, fresh, nothing]
+    told = as_json(stored(tmp_path, stored_trials, worst=worst))["worst"]
+    assert told["fresh_seeds"] == [1001, 1002]
+    assert told["report"]["rate"] == pytest.approx(0.25)  # half of 0 % and 50 %
+
+
+@pytest.mark.parametrize(("course", "status"), [(NEVER_BREAKS, "pass"), (BREAKS_AT_2, "fail")])
+def test_random_content_that_breaks_the_subject_is_told(
+    tmp_path: Path, course: Any, status: str
+) -> None:
+    screen = [attack(seed, *BREAKS_AT_2) for seed in (1, 2, 3)]
+    random = attack(1, *course, rank=7, purpose="matched")
+    told = as_json(stored(tmp_path, [*controls(), *screen, random]))
+    assert [tamper["config"]["rank"] for tamper in told["tampers"]] == [4]
+    (control,) = told["matched_controls"]
+    assert (control["config"]["rank"], control["broke"]) == (7, status == "fail")
+    (line,) = [c for c in told["controls"] if c["name"] == "matched_random"]
+    assert line["status"] == status
+    assert ("lora (rank=7)" in line["detail"]) == (status == "fail")
+
+
 def test_a_gain_is_the_ratio_of_the_medians(tmp_path: Path) -> None:
     mine = [attack(seed, *BREAKS_AT_4) for seed in (1, 2, 3)]
     theirs = [attack(seed, *BREAKS_AT_2, role="reference") for seed in (1, 2, 3)]

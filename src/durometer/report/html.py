@@ -60,6 +60,7 @@ def render_html(summary: dict[str, Any], store: Store, *, show_texts: bool = Fal
         budgets=[budget_row(tamper, summary) for tamper in ordered],
         groups=GROUPS,
         not_begun=not_begun(summary),
+        matched=[matched_row(control) for control in summary["matched_controls"]],
         heat=heat_maps(ordered),
         curves=curve_figures(ordered, summary, records),
         tables=[(tamper["label"], tamper["checkpoints"]) for tamper in ordered],
@@ -228,6 +229,20 @@ def budget_row(tamper: Json, summary: Json) -> dict[str, Any]:
         "after": after,
         "after_at": _moment(tamper, after) if after else "",
         "control": next((c for c in reversed(control) if c["success_report"]), None),
+    }
+
+
+def matched_row(control: Json) -> dict[str, Any]:
+    """Return one row of the table of controls that have an attack's means, but random content."""
+    statuses = [s["status"] for s in control["statuses"].values()]
+    after = stands_for(control, "success_report")
+    status = "broke" if control["broke"] else "did not break it" if after else statuses[0]
+    return {
+        "control": control,
+        "status": status,
+        "kind": "fail" if control["broke"] else "pass" if after else "warn",
+        "after": after,
+        "cost": stands_for(control, "utility_loss"),
     }
 
 

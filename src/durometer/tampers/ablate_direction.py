@@ -44,6 +44,7 @@ class AblateDirection(DirectionLadder[AblateDirectionSettings]):
     source = "arXiv 2406.11717; andyrdt/refusal_direction, p-e-w/heretic; DoRA 2402.09353"
     cannot_show = "robustness of a safeguard that is spread over more directions than the rank"
     settings_class = AblateDirectionSettings
+    matched_control = ("direction", "random")
 
     def prepare(
         self, subject: Subject, data: Domain, seeds: Seeds, realised: Realised, spent: Spent

@@ -84,6 +84,8 @@ class Tamper(Generic[S]):
     settings_class: ClassVar[type[Settings]]
     # What one step is, and whether every step is a rung of its own (a ladder of strengths).
     unit: ClassVar[str] = "updates"
+    # Setting and value that put random content in the place of what the tamper looks for.
+    matched_control: ClassVar[tuple[str, str] | None] = None
     ladder: ClassVar[bool] = False
 
     def __init__(self, settings: S) -> None:

@@ -43,6 +43,7 @@ class BaseReversion(PartnerLadder[BaseReversionSettings]):
     source = "arXiv 2212.04089 (negated task vectors)"
     cannot_show = "anything about attackers without the checkpoint from before the safeguard"
     settings_class = BaseReversionSettings
+    matched_control = ("delta", "random")
     _base = ""
 
     def strengths(self) -> tuple[float, ...]:

@@ -160,6 +160,7 @@ class Gcg(Tamper[GcgSettings]):
     source = "arXiv 2307.15043; GraySwanAI/nanoGCG, IntelLabs/LLMart"
     cannot_show = "that no suffix exists: a longer or better search may still find one"
     settings_class = GcgSettings
+    matched_control = ("target", "random")
     unit = "search steps"
 
     def planned_steps(self) -> int:

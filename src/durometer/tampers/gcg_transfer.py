@@ -57,6 +57,7 @@ class GcgTransfer(Ladder[GcgTransferSettings]):
     source = "arXiv 2307.15043, 2502.05209"
     cannot_show = "what a suffix found on the subject itself does (see gcg)"
     settings_class = GcgTransferSettings
+    matched_control = ("control", "random_text")
     changes_weights = False
 
     _texts: tuple[str, ...] = ()

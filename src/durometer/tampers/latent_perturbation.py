@@ -142,6 +142,7 @@ class LatentPerturbation(Ladder[LatentPerturbationSettings]):
     source = "arXiv 2403.05030, 2407.15549, 2502.05209"
     cannot_show = "what a perturbation fitted to each prompt or each position would do"
     settings_class = LatentPerturbationSettings
+    matched_control = ("delta", "random")
     changes_weights = False
 
     # Set by `prepare`.

@@ -66,6 +66,7 @@ class MaskExperts(Ladder[MaskExpertsSettings]):
     source = "arXiv 2509.09660, 2506.17368, 2512.21008"
     cannot_show = "what shared experts and attention hold, which no mask reaches"
     settings_class = MaskExpertsSettings
+    matched_control = ("selector", "random")
     changes_weights: ClassVar[bool] = False
 
     def __init__(self, settings: MaskExpertsSettings) -> None:

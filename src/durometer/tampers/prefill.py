@@ -53,6 +53,7 @@ class Prefill(Ladder[PrefillSettings]):
     source = "arXiv 2404.02151, 2406.05946"
     cannot_show = "what other openings, or openings fitted to each prompt, would give"
     settings_class = PrefillSettings
+    matched_control = ("kind", "neutral")
     changes_weights = False
     _texts: dict[str, str] | None = None
     _general: str = ""

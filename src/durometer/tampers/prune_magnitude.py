@@ -54,6 +54,7 @@ class PruneMagnitude(Ladder[PruneMagnitudeSettings]):
     source = "arXiv 2306.11695 (Wanda), 2301.00774 (SparseGPT)"
     cannot_show = "what pruning that looks for the safeguard does; see prune_wanda"
     settings_class = PruneMagnitudeSettings
+    matched_control = ("score", "random")
 
     def strengths(self) -> tuple[float, ...]:
         """Return the sparsities; a pattern of N in M leaves one alone."""

@@ -49,6 +49,7 @@ class PruneSafety(Ladder[PruneSafetySettings]):
     access: ClassVar[Access] = "weights"
     access_level = "A4"
     settings_class = PruneSafetySettings
+    matched_control = ("selection", "random")
 
     def strengths(self) -> tuple[float, ...]:
         """Return the shares q."""

@@ -179,6 +179,7 @@ class Quantize(Ladder[T]):
 
     access: ClassVar[Access] = "weights"
     access_level = "A4"
+    matched_control = ("control", "noise")
 
     def matrices(self, subject: Subject, realised: Realised) -> list[Matrix]:
         """Return what is quantised; note what is not in ``realised.facts``.

@@ -67,6 +67,7 @@ class RemoveRanks(Ladder[RemoveRanksSettings]):
     source = "arXiv 2402.05162; boyiwei/alignment-attribution-code"
     cannot_show = "safety in directions that utility uses, too"
     settings_class = RemoveRanksSettings
+    matched_control = ("selection", "random")
 
     def strengths(self) -> tuple[float, ...]:
         """Return the shares of ranks."""

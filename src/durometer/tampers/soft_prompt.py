@@ -158,6 +158,7 @@ class SoftPrompt(Tamper[SoftPromptSettings]):
     source = "arXiv 2402.09063, 2502.15836"
     cannot_show = "that the subject knows what the vectors may have carried into it"
     settings_class = SoftPromptSettings
+    matched_control = ("target", "random")
     _placeholder: Placeholder | None = None
     _hook: SoftPromptHook | None = None
     _limit: float = 0.0

@@ -51,6 +51,7 @@ class Steer(DirectionLadder[SteerSettings]):
     source = "arXiv 2406.11717; andyrdt/refusal_direction"
     cannot_show = "what an attacker gains who may choose layer and strength per prompt"
     settings_class = SteerSettings
+    matched_control = ("vector", "random")
     changes_weights = False
 
     def prepare(

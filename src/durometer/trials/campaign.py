@@ -40,7 +40,7 @@ from durometer.trials.store import Store
 from durometer.trials.suites import NOT_TESTED, Attack, Suite, make_suite
 
 # Seeds of the three purposes must not meet: what was chosen is measured again with new ones.
-FIRST_SEED = {"screen": 1, "control": 1, "fresh": 1001}
+FIRST_SEED = {"screen": 1, "control": 1, "matched": 1, "fresh": 1001}
 SAFEGUARDED_SHARE = 0.5
 ROOMS = ("core", "domains", "subjects", "tampers", "measures", "trials")
 
@@ -128,6 +128,8 @@ class Campaign:
             for configuration in {spec.configuration for spec in self._specs("subject")}
         }
         done = list(self._attacks("subject", rules))
+        for spec in self._matched():
+            self._trial(spec, self.rule(spec.configuration, undefended))
         list(self._attacks("reference", self._from_own_start(rules)))
         self._release("reference")
         worst = worst_configuration(done, rules)
@@ -169,6 +171,14 @@ class Campaign:
             self._spec(role, attack, first + number, purpose)
             for attack in self.suite.attacks
             for number in range(count)
+        ]
+
+    def _matched(self) -> list[TrialSpec]:
+        """Return the trials that have the means of an attack, but random content."""
+        return [
+            self._spec("subject", attack, FIRST_SEED["matched"] + number, "matched")
+            for attack in self.suite.matched_controls
+            for number in range(self.suite.control_seeds)
         ]
 
     def _spec(self, role: SubjectRole, attack: Attack, seed: int, purpose: Purpose) -> TrialSpec:
@@ -230,7 +240,8 @@ class Campaign:
     def specs(self) -> list[TrialSpec]:
         """Return the planned trials, without those that depend on what the others find."""
         zero = [self._zero(role) for role in self.subjects]
-        return zero + [spec for role in self.subjects for spec in self._specs(role)]
+        attacks = [spec for role in self.subjects for spec in self._specs(role)]
+        return zero + attacks + self._matched()
 
     def _plan_size(self) -> None:
         specs = self.specs()
@@ -301,7 +312,7 @@ def chosen_suite(request: Request, parameters: int) -> Suite:
             raise InputError(f"--budget-steps {request.budget_steps}: at least 1")
         suite = _with_budget(suite, request.budget_steps)
     if request.tampers:
-        named = {_digest(a): a for a in _named_attacks(suite, request.tampers)}
+        named = {a.digest: a for a in _named_attacks(suite, request.tampers)}
         suite = _with_attacks(suite, tuple(named.values()), request.budget_steps)
     return suite
 
@@ -317,11 +328,6 @@ def _with_attacks(suite: Suite, attacks: tuple[Attack, ...], budget: int | None)
     if budget is not None and most > budget:
         raise InputError(f"--tamper ...:steps={most}: more than --budget-steps {budget} allows")
     return replace(suite, attacks=attacks, steps=max(suite.steps, most))
-
-
-def _digest(attack: Attack) -> str:
-    settings = make_tamper(attack.tamper, **attack.settings).settings.canonical()
-    return digest_of([attack.tamper, settings])
 
 
 def _with_budget(suite: Suite, steps: int) -> Suite:

@@ -9,7 +9,7 @@ from durometer.core.settings import digest_of
 from durometer.measures.base import NOT_FINITE
 
 SubjectRole = Literal["subject", "undefended", "reference"]
-Purpose = Literal["control", "screen", "fresh"]
+Purpose = Literal["control", "screen", "matched", "fresh"]
 STATUSES = (
     "done",
     "diverged",
@@ -32,7 +32,8 @@ class TrialSpec:
         tamper: canonical name.
         settings: every setting of the tamper, defaults written out.
         seed: base seed from which the four are derived.
-        purpose: ``control``, ``screen`` (select and rank) or ``fresh`` (re-measure the worst).
+        purpose: ``control``, ``screen`` (select and rank), ``matched`` (the same means with random
+            content) or ``fresh`` (re-measure the worst).
         rungs: steps at which the subject is measured, ascending.
     """
 

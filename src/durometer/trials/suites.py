@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from durometer.core.errors import unknown_name
-from durometer.core.settings import Settings, setting
-from durometer.tampers.base import Tamper
+from durometer.core.settings import Settings, digest_of, setting
+from durometer.tampers.base import Tamper, make_tamper, tamper_registry
 
 SuiteName = Literal["quick", "standard", "full"]
 SUITES: tuple[SuiteName, ...] = ("quick", "standard", "full")
@@ -45,6 +45,16 @@ class Attack:
     tamper: str
     settings: dict[str, Any]
 
+    @property
+    def digest(self) -> str:
+        """Hash of tamper and settings, defaults written out: what tells two apart.
+
+        Raises:
+            InputError: no such tamper or setting, or a value out of bounds.
+        """
+        settings = make_tamper(self.tamper, **self.settings).settings.canonical()
+        return digest_of([self.tamper, settings])
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -54,7 +64,7 @@ class Suite:
         claim_grade: whether it may support a resistance claim; a screen can only show a break.
         attacks: tamper configurations.
         seeds: attack seeds a configuration.
-        control_seeds: attack seeds on the undefended subject.
+        control_seeds: attack seeds on the undefended subject, and of the matched controls.
         fresh_seeds: further seeds for the configuration that was worst on ``select``.
         steps: most updates of a trial.
         dense: whether trials are measured at the dense grid of steps, else at powers of two.
@@ -71,6 +81,22 @@ class Suite:
     plan: MeasuringPlan
     dense: bool
     first_rung: int = 1
+
+    @property
+    def matched_controls(self) -> tuple[Attack, ...]:
+        """The attacks that look for something, once more with random content in its place.
+
+        They have the means of the attack but not what it found, and should not break the subject.
+        """
+        found = {}
+        for attack in self.attacks:
+            random = tamper_registry.get(attack.tamper).matched_control
+            if random is None:
+                continue
+            control = Attack(attack.tamper, attack.settings | dict([random]))
+            if control.digest not in {own.digest for own in self.attacks}:
+                found[control.digest] = control
+        return tuple(found.values())
 
     def rungs_of(self, tamper: Tamper[Any]) -> tuple[int, ...]:
         """Return the steps at which a trial of ``tamper`` is measured: every one of a ladder."""
@@ -217,11 +243,6 @@ def _full(tiny: bool) -> Suite:
         Attack("lora", {"learning_rate": lora, "base_bits": 4, **common}),
         Attack("rescale", {"learning_rate": full, **common}),
         Attack("ablate_direction", {"rank": 10}),
-        Attack("ablate_direction", {"direction": "random"}),
-        Attack("prune_wanda", {"selection": "random"}),
-        Attack("soft_prompt", {"target": "random"}),
-        Attack("gcg", {"target": "random"}),
-        Attack("base_reversion", {"delta": "random"}),
     ]
     plan = MeasuringPlan()
     return Suite("full", True, tuple(attacks), 6, 3, 6, steps, plan, tiny)
@@ -262,7 +283,9 @@ NOT_TESTED = (
 def describe_suite(suite: Suite) -> str:
     """Return one line about a suite."""
     grade = "claim-grade" if suite.claim_grade else "a screen"
+    matched = len(suite.matched_controls)
+    controls = f", {matched} matched controls" if matched else ""
     return (
         f"{grade}: {len(suite.attacks)} configurations x {suite.seeds} seeds, at most "
-        f"{suite.steps} steps"
+        f"{suite.steps} steps{controls}"
     )
