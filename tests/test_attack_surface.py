@@ -33,6 +33,20 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
         "head_dim": 8,
     },
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "DeepseekV2": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 16,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "head_dim": 8,
+    },
     "DeepseekV3": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -50,6 +64,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
     "Gemma3": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
     "Olmo2": {},
+    "Phi": {},
     "Phi3": {},
     "GPTNeoX": {},
 }
