@@ -41,21 +41,23 @@ def _session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def make_model() -> MakeModel:
-    """``make_model("Llama", seed=0, **config)``: a random fp32 model of that architecture."""
+def make_tiny_model(architecture: str = "Llama", *, seed: int = 0, **changes: Any) -> Any:
+    """Return a random fp32 model of an architecture, two layers and small."""
     import transformers
 
-    def make(architecture: str = "Llama", *, seed: int = 0, **changes: Any) -> Any:
-        text = "Text" if hasattr(transformers, f"{architecture}TextConfig") else ""
-        config = getattr(transformers, f"{architecture}{text}Config")(**{**TINY, **changes})
-        state = torch.random.get_rng_state()
-        torch.manual_seed(seed)
-        model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
-        torch.random.set_rng_state(state)
-        return model
+    text = "Text" if hasattr(transformers, f"{architecture}TextConfig") else ""
+    config = getattr(transformers, f"{architecture}{text}Config")(**{**TINY, **changes})
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    torch.random.set_rng_state(state)
+    return model
 
-    return make
+
+@pytest.fixture(scope="session")
+def make_model() -> MakeModel:
+    """``make_model("Llama", seed=0, **config)``: see ``make_tiny_model``."""
+    return make_tiny_model
 
 
 @pytest.fixture
