@@ -26,7 +26,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4},
     "Qwen2": {},
     "Qwen3": {"head_dim": 8},
-    "Qwen2Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "Qwen2Moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
     "Qwen3Moe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,

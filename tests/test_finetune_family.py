@@ -11,6 +11,7 @@ import torch
 from durometer.core.adapters import linear_maps
 from durometer.core.budget import Budget
 from durometer.core.errors import InputError, NotApplicableError
+from durometer.core.matrices import block_matrices
 from durometer.core.rows import Row
 from durometer.core.seeds import Seeds
 from durometer.core.training import OptimisationPlan, Trainer
@@ -20,7 +21,7 @@ from durometer.subjects.base import Subject
 from durometer.subjects.fingerprint import weights_fingerprint
 from durometer.tampers import base_precision
 from durometer.tampers.base import Checkpoint, Realised, make_tamper
-from durometer.tampers.base_precision import GROUP, base_weights, round_to_grid
+from durometer.tampers.base_precision import GROUP, round_to_grid
 from durometer.tampers.data import training_items
 from durometer.tampers.finetune import FineTuning
 from durometer.tampers.jailbreak_tuning import TRANSFORMS
@@ -603,7 +604,7 @@ def test_the_base_lies_on_its_grid_while_the_adapter_trains(
     subject = tiny_world.as_subject(make_model(architecture))
     before = weights_fingerprint(subject.model)
     old = {name: p.detach().clone() for name, p in subject.model.named_parameters()}
-    names = base_weights(subject.model)
+    names = block_matrices(subject.model)
     assert {name.removesuffix(".weight") for name in names} == set(
         linear_maps(subject.model, "all")
     )

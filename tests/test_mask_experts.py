@@ -2,11 +2,15 @@
 
 import copy
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any, get_args
 
 import pytest
+import slow_experts
 import tiny_world
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from durometer.core.budget import Budget
@@ -15,15 +19,15 @@ from durometer.core.routing import (
     Router,
     Semantics,
     mask,
-    require_maskable,
     routers,
     routing_counts,
+    unmaskable,
 )
 from durometer.core.seeds import Seeds
 from durometer.subjects.base import Subject
 from durometer.subjects.fingerprint import weights_fingerprint
 from durometer.tampers.base import Realised, make_tamper
-from durometer.tampers.mask_experts import matched
+from durometer.tampers.mask_experts import equal_mass, matched
 
 MakeModel = Callable[..., Any]
 SEEDS = Seeds(1, 2, 3, 4)
@@ -87,12 +91,19 @@ def expert_output(layer: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
     return (functional.silu(gate) * value) @ down.T
 
 
-def dense_weights(layer: Any, router: Router, x: torch.Tensor, masked: list[int]) -> torch.Tensor:
-    """Return the weight of every expert for every token [T, E], masked logits at -inf."""
+def dense_weights(
+    layer: Any, router: Router, x: torch.Tensor, masked: list[int], soft: str = ""
+) -> torch.Tensor:
+    """Return the weight of every expert for every token [T, E], masked logits at -inf.
+
+    With ``soft``, masked logits are moved by 0.01 beyond the least or the largest instead.
+    """
     gate: Any = router.module
     logits = x @ gate.weight.T + (gate.bias if hasattr(gate, "bias") else 0.0)
     free = torch.ones(router.experts, dtype=torch.bool)
     free[masked] = False
+    if soft:
+        return soft_weights(router, logits, masked, up=soft == "soft_favour")
     weights = torch.zeros(len(x), router.experts)
     for token, raw in enumerate(logits):
         if hasattr(gate, "e_score_correction_bias"):
@@ -107,6 +118,37 @@ def dense_weights(layer: Any, router: Router, x: torch.Tensor, masked: list[int]
             ranks = raw.masked_fill(~free, -torch.inf)
             values = ranks.softmax(-1)
         chosen = ranks.sort(descending=True).indices[: router.chosen]
+        picked = values[chosen]
+        if getattr(gate, "norm_topk_prob", True):
+            picked = picked / picked.sum()
+        weights[token, chosen] = picked * getattr(gate, "routed_scaling_factor", 1.0)
+    return weights
+
+
+def soft_weights(
+    router: Router, logits: torch.Tensor, moved: list[int], *, up: bool
+) -> torch.Tensor:
+    """Return the weight of every expert, the logits of some moved just beyond the others."""
+    gate: Any = router.module
+    weights = torch.zeros_like(logits)
+    for token, raw in enumerate(logits.tolist()):
+        edge = max(raw) + 0.01 if up else min(raw) - 0.01
+        values = torch.tensor([edge if e in moved else value for e, value in enumerate(raw)])
+        if hasattr(gate, "e_score_correction_bias"):
+            values = values.sigmoid()
+            correction = gate.e_score_correction_bias.tolist()
+            far = max(correction) + 1 if up else min(correction) - 1
+            ranks = [
+                float(values[e]) + (far if e in moved else correction[e]) for e in range(len(raw))
+            ]
+            size = len(raw) // router.groups
+            by_group = [sorted(ranks[s : s + size])[-2:] for s in range(0, len(raw), size)]
+            best = max(range(router.groups), key=lambda group: sum(by_group[group]))
+            allowed = list(range(best * size, best * size + size))
+        else:
+            ranks, allowed = values.tolist(), list(range(len(raw)))
+            values = values.softmax(-1)
+        chosen = sorted(allowed, key=lambda e: -ranks[e])[: router.chosen]
         picked = values[chosen]
         if getattr(gate, "norm_topk_prob", True):
             picked = picked / picked.sum()
@@ -133,7 +175,7 @@ def layer_output(layer: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("semantics", ["none", "route_mask", "output_zero", "down_weight"])
+@pytest.mark.parametrize("semantics", ["none", *get_args(Semantics)])
 def test_the_layer_equals_the_dense_reference(model: Any, semantics: Any) -> None:
     found = routers(model)
     assert len(found) == (1 if model.config.model_type == "deepseek_v3" else 2)
@@ -145,7 +187,9 @@ def test_the_layer_equals_the_dense_reference(model: Any, semantics: Any) -> Non
         undo = mask(router, masked, semantics, 0.25)
     output = layer_output(layer)
     undo()
-    weights = dense_weights(layer, router, HIDDEN[0], masked * (semantics == "route_mask"))
+    soft = semantics if "soft" in semantics else ""
+    moved = masked if soft or semantics == "route_mask" else []
+    weights = dense_weights(layer, router, HIDDEN[0], moved, soft)
     if semantics == "output_zero":
         weights[:, masked] = 0
     if semantics == "down_weight":
@@ -272,6 +316,160 @@ def test_a_planted_expert_is_found(make_model: MakeModel) -> None:
     assert answers.spent.restricted_examples == 6
 
 
+@torch.no_grad()
+def test_soft_masks_choose_an_expert_last_or_first(model: Any) -> None:
+    router = routers(model)[-1]
+    undo = mask(router, [1], "soft_mask", 0.0)
+    assert not (router.module(HIDDEN[0])[2] == 1).any()
+    undo()
+    undo = mask(router, [1], "soft_favour", 0.0)
+    assert (router.module(HIDDEN[0])[2] == 1).any(-1).all()
+    undo()
+    # Nothing is left but to take some of them.
+    everyone = list(range(router.experts))
+    undo = mask(router, everyone, "soft_mask", 0.0)
+    _, weights, _ = router.module(HIDDEN[0])
+    assert weights.isfinite().all()
+    undo()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_soft_step_is_not_rounded_away(make_model: MakeModel, dtype: torch.dtype) -> None:
+    model = filled(make_model("Qwen3Moe", **SHAPE, **LAYOUTS["Qwen3Moe"]))
+    router = routers(model)[0]
+    router.module.weight *= 100
+    model.to(dtype)
+    undo = mask(router, [0, 1, 2], "soft_favour", 0.0)
+    assert (router.module(HIDDEN[0].to(dtype))[2] <= 2).all()
+    undo()
+
+
+def test_retain_experts_are_those_that_are_favoured(make_model: MakeModel) -> None:
+    subject = tiny_world.as_subject(planted(make_model))
+    realised, _ = run(subject, strengths=(0.84,), semantics="soft_favour")
+    assert realised.facts["masked"]["model.layers.0.mlp.gate"] == [0, 1, 2, 4, 5]
+
+
+def clamped_reference(layer: Any, router: Router, zeroed: dict[int, list[int]]) -> torch.Tensor:
+    """Return the layer's output with some inner neurons of experts at 0, from dense copies."""
+    dense = copy.deepcopy(layer)
+    transposed = hasattr(dense.experts, "gate_up_proj_bias")
+    for expert, neurons in zeroed.items():
+        for neuron in neurons:
+            where = (expert, neuron) if transposed else (expert, slice(None), neuron)
+            dense.experts.down_proj[where] = 0.0
+    return dense_layer(dense, dense_weights(dense, router, HIDDEN[0], []))
+
+
+def slow_neurons(model: Any, texts: Any, weight: torch.Tensor, name: str) -> torch.Tensor:
+    """Return how much more each neuron gives on the first text, rms times norm, [E, neurons]."""
+    rms = []
+    for rows in texts:
+        inputs = slow_experts.expert_inputs(model, rows)[name]
+        rms.append(torch.stack([(x**2).sum(0) / max(len(x), 1) for x in inputs]).sqrt())
+    return (rms[0] - rms[1]) * (weight**2).sum(1).sqrt()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_clamped_neurons_are_those_of_a_slow_reference(model: Any, share: float) -> None:
+    subject = tiny_world.as_subject(model)
+    tamper = make_tamper(
+        "mask_experts", semantics="neuron_clamp", neurons=share, strengths=(0.34,), examples=4
+    )
+    found = routers(model)
+    router, layer = found[-1], layer_of(model, found[-1])
+    texts = tamper._rows(subject, tiny_world.tiny_domain(), SEEDS, Realised())
+    name = f"{router.name.rpartition('.')[0]}.experts.down_proj"
+    transposed = hasattr(layer.experts, "gate_up_proj_bias")
+    maps = layer.experts.down_proj.mT if transposed else layer.experts.down_proj
+    score = slow_neurons(model, texts, maps, name)
+    outputs = []
+
+    def look(checkpoint: Any) -> bool:
+        outputs.append(layer_output(layer))
+        return True
+
+    zeroed: dict[int, list[int]] = {}
+    before = weights_fingerprint(model)
+    with subject.restored():
+        realised = tamper.run(subject, tiny_world.tiny_domain(), Budget(1, (1,)), SEEDS, look)
+    assert weights_fingerprint(model) == before
+    count = round(share * score.shape[1])
+    for expert in realised.facts["masked"][router.name]:
+        zeroed[expert] = score[expert].argsort(descending=True)[:count].tolist()
+    assert len(zeroed) == 2
+    torch.testing.assert_close(
+        outputs[0], clamped_reference(layer, router, zeroed), atol=2e-5, rtol=1e-4
+    )
+    assert not torch.allclose(outputs[0], layer_output(layer), atol=1e-4)
+    assert realised.facts["clamped_neurons"] == 2 * count * len(found)
+    assert realised.changed_weights == 2 * count * 32 * len(found)
+    assert set(realised.changed) == {r.last_map for r in found}
+
+
+def test_controls_clamp_as_many_neurons_and_refuse_no_share(make_model: MakeModel) -> None:
+    subject = tiny_world.as_subject(planted(make_model))
+    clamp = {"semantics": "neuron_clamp", "neurons": 0.2, "strengths": (0.34,)}
+    true, _ = run(subject, **clamp)
+    random, _ = run(subject, selector="random", **clamp)
+    again, _ = run(subject, selector="random", **clamp)
+    assert random.facts["clamped_neurons"] == true.facts["clamped_neurons"]
+    assert random.changed == again.changed != true.changed
+    everyone, _ = run(subject, **(clamp | {"strengths": (1.0,)}))
+    assert everyone.facts["masked_share_of_routing"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("semantics", ["route_mask", "output_zero", "soft_mask"])
+def test_a_random_mask_may_get_as_much_of_the_routing(model: Any, semantics: str) -> None:
+    subject = tiny_world.as_subject(model)
+    changes = {"semantics": semantics, "strengths": (0.17,), "examples": 6}
+    true, _ = run(subject, **changes)
+    random, _ = run(subject, selector="random_equal_mass", **changes)
+    again, _ = run(subject, selector="random_equal_mass", **changes)
+    assert random.facts["masked"] == again.facts["masked"]
+    assert all(
+        chosen and chosen != true.facts["masked"][name]
+        for name, chosen in random.facts["masked"].items()
+    )
+    wanted = true.facts["masked_share_of_routing"]
+    assert random.facts["wanted_share_of_routing"] == pytest.approx(wanted)
+    assert random.facts["masked_share_of_routing"] == pytest.approx(wanted, abs=0.15)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    counts=st.lists(st.integers(1, 50), min_size=6, max_size=8),
+    wanted=st.sets(st.integers(0, 5), min_size=1, max_size=3),
+    seed=st.integers(0, 100),
+)
+def test_equal_mass_is_near_the_best_there_is(
+    counts: list[int], wanted: set[int], seed: int
+) -> None:
+    shares = torch.tensor(counts).float() / sum(counts)
+    target = float(shares[list(wanted)].sum())
+    sets = [set(c) for size in range(1, 5) for c in combinations(range(len(counts)), size)]
+    others = [s for s in sets if s != wanted and len(s) < 5]
+    nearest = min(abs(float(shares[list(s)].sum()) - target) for s in others)
+    try:
+        drawn = equal_mass(shares, list(wanted), lambda chosen: len(chosen) < 5, seed)
+    except NotApplicableError:
+        # No other set is nearer than masking nothing is.
+        assert nearest >= target - 1e-6
+        return
+    assert 0 < len(drawn) < 5
+    assert set(drawn) != wanted
+    gap = abs(float(shares[drawn].sum()) - target)
+    assert gap <= nearest + 0.1
+
+
+def test_no_other_set_of_equal_mass_is_said_to_be_none() -> None:
+    """One expert gets everything: masking it has no control of equal mass."""
+    with pytest.raises(NotApplicableError, match=r"about 1.00 of a layer's routing"):
+        equal_mass(torch.tensor([1.0, 0.0, 0.0]), [0], lambda chosen: True, 0)
+
+
 def test_a_random_mask_is_as_large_and_seeded(make_model: MakeModel) -> None:
     subject = tiny_world.as_subject(planted(make_model))
     true, _ = run(subject, strengths=(0.34,))
@@ -304,12 +502,11 @@ def test_a_group_must_keep_experts(make_model: MakeModel) -> None:
     model = filled(make_model("DeepseekV3", **SHAPE, **LAYOUTS["DeepseekV3"]))
     (router,) = routers(model)
     assert (router.experts, router.groups, router.open_groups) == (6, 2, 1)
-    require_maskable(router, [0, 3], "route_mask")
-    require_maskable(router, [0, 1], "output_zero")
-    with pytest.raises(NotApplicableError, match="leaves 1 to choose"):
-        require_maskable(router, [0, 1], "route_mask")
-    with pytest.raises(NotApplicableError, match="none in a group"):
-        require_maskable(router, [3, 4, 5], "output_zero")
+    assert unmaskable(router, [0, 3], "route_mask") == ""
+    assert unmaskable(router, [0, 1], "output_zero") == ""
+    assert unmaskable(router, [3, 4, 5], "soft_mask") == ""
+    assert "leaves 1 to choose" in unmaskable(router, [0, 1], "route_mask")
+    assert "none in a group" in unmaskable(router, [3, 4, 5], "output_zero")
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "GPTNeoX", "Phi3", "Gemma2"])

@@ -10,6 +10,7 @@ from typing import Any
 import gguf as gguf_package
 import numpy as np
 import pytest
+import slow_experts
 import tiny_world
 import torch
 from hypothesis import given, settings
@@ -21,12 +22,13 @@ from durometer.core.awq import ALPHAS, awq, scales
 from durometer.core.budget import Budget, matrix_entries
 from durometer.core.errors import InputError, NotApplicableError
 from durometer.core.gptq import damped_hessian, gptq, output_error
+from durometer.core.matrices import block_matrices
 from durometer.core.quantisation import NF4_CODES, gguf_bits, nf4, round_to_nearest
 from durometer.core.seeds import Seeds
 from durometer.subjects.base import Subject
 from durometer.subjects.fingerprint import weights_fingerprint
 from durometer.tampers.base import Realised, make_tamper
-from durometer.tampers.quantize import block_matrices
+from durometer.tampers.data import make_rows, training_items
 from durometer.trials import quantisation_gap as gap
 
 MakeModel = Callable[..., Any]
@@ -56,11 +58,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "n_group": 2,
         "topk_group": 1,
         "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
         **EXPERTS,
         **LATENT,
     },
 }
-FUSED = {"Mixtral", "Qwen3Moe", "DeepseekV3"}
 NAMES = ("quantize_rtn", "quantize_nf4", "quantize_gptq", "quantize_awq", "quantize_gguf")
 CALIBRATED = ("quantize_gptq", "quantize_awq")
 SIMPLE = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
@@ -370,10 +372,6 @@ def test_every_architecture_runs_or_refuses(
     model = make_model(architecture, **ARCHITECTURES[architecture])
     before = {n: p.clone() for n, p in model.named_parameters()}
     quick = QUICK.get(name, {})
-    if name in CALIBRATED and architecture in FUSED:
-        with pytest.raises(NotApplicableError, match="experts are fused"):
-            run(tiny_world.as_subject(model), name, **quick)
-        return
     realised, after = run(tiny_world.as_subject(model), name, **quick)
     assert realised.status == "done"
     assert all(0 < norm < math.inf for norm in realised.changed.values())
@@ -565,6 +563,74 @@ def test_gptq_beats_rounding_on_its_text_and_says_so(subject: Subject) -> None:
         assert entry["output_error"] < entry["output_error_of_rounding"]
 
 
+@pytest.mark.parametrize("architecture", slow_experts.LAYOUTS)
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_each_expert_is_quantised_on_the_tokens_that_reach_it(
+    make_model: MakeModel, name: str, architecture: str
+) -> None:
+    model = make_model(architecture, **slow_experts.LAYOUTS[architecture])
+    subject, matrices = tiny_world.as_subject(model), block_matrices(model)
+    before = {n: m.maps().clone() for n, m in matrices.items() if m.parameter.dim() == 3}
+    quick = {"strengths": (13,), "examples": 3, "group": "32"}
+    realised, after = run(subject, name, **quick)
+    items = training_items(tiny_world.tiny_domain(), "benign", 3, SEEDS)
+    rows = make_rows(items, subject.chat, label_prompt=True, max_length=512)
+    left = 0
+    for weight, inputs in slow_experts.expert_inputs(model, rows).items():
+        moments = torch.stack([x.T @ x for x in inputs])
+        reached = [index for index, x in enumerate(inputs) if len(x)]
+        left += len(inputs) - len(reached)
+        expected = before[weight].clone()
+        if name == "quantize_awq" and weight.endswith("gate_up_proj"):
+            # One operation feeds them all, so that they share their scale.
+            expected[reached] = slow_awq(before[weight][reached], moments[reached], 3, 32)
+        else:
+            for expert in reached:
+                w, m = before[weight][expert], moments[expert]
+                expected[expert] = (
+                    slow_awq(w[None], m[None], 3, 32)[0]
+                    if name == "quantize_awq"
+                    else textbook_gptq(w, damped_hessian(m), 3, 32, "symmetric")
+                )
+        found = matrices[weight].turned(after[weight])
+        # Sums in another order may round a weight near a midpoint the other way.
+        off = (found - expected).abs() > 1e-4
+        assert float(off.float().mean()) < 0.01, weight
+    assert realised.facts["precisions"][0]["experts_left"] == left
+
+
+def slow_awq(weights: torch.Tensor, moments: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Return the best of 20 scalings of all ``weights`` [maps, outputs, inputs] together."""
+    total = moments.double().sum(0).diagonal().sqrt()
+    tried = []
+    for exponent in range(20):
+        factors = total.clamp(min=float(total[total > 0].min())) ** (exponent / 20)
+        factors = (factors / (factors.max() * factors.min()).sqrt()).float()
+        rounded = [round_to_nearest(w * factors, bits, group) / factors for w in weights]
+        errors = [
+            torch.trace((r - w).double() @ m.double() @ (r - w).double().T)
+            for r, w, m in zip(rounded, weights, moments, strict=True)
+        ]
+        tried.append((float(sum(errors)), exponent, torch.stack(rounded)))
+    return min(tried, key=lambda entry: entry[:2])[2]
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_experts_that_no_token_reached_stay_at_full_precision(
+    make_model: MakeModel, name: str
+) -> None:
+    shape = ARCHITECTURES["Qwen3Moe"] | {"num_experts": 32, "num_experts_per_tok": 1}
+    model = make_model("Qwen3Moe", **shape)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    realised, after = run(
+        tiny_world.as_subject(model), name, strengths=(13,), examples=1, blocks_at_once=2
+    )
+    same = sum(
+        int((after[n] == p).flatten(1).all(1).sum()) for n, p in before.items() if p.dim() == 3
+    )
+    assert realised.facts["precisions"][0]["experts_left"] == same > 60
+
+
 def test_query_key_and_value_share_their_scale(subject: Subject) -> None:
     realised, _ = run(subject, "quantize_awq", strengths=(13,), examples=4)
     # Per block: query, key and value; output; gate and up; down.
@@ -597,7 +663,7 @@ PRECISIONS: tuple[gap.Precision, ...] = ("int8", "q8_0", "int4", "nf4")
 
 
 def matrices(model: Any) -> dict[str, torch.Tensor]:
-    return {m.name: m.parameter.detach().clone() for m in block_matrices(model)[0]}
+    return {n: m.parameter.detach().clone() for n, m in block_matrices(model).items()}
 
 
 def rounded(weight: torch.Tensor, precision: gap.Precision) -> torch.Tensor:

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+import slow_experts
 import tiny_world
 import torch
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ from durometer.core.budget import Budget, matrix_entries
 from durometer.core.capture import input_moments
 from durometer.core.errors import InputError, NotApplicableError
 from durometer.core.masks import highest, in_groups, lowest, lowest_of_each
-from durometer.core.matrices import as_maps, block_matrices
+from durometer.core.matrices import Matrix, block_matrices
 from durometer.core.rebalance import Rebalancer
 from durometer.core.rows import Row
 from durometer.core.seeds import Seeds
@@ -59,7 +61,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Phi3": {},
     "GPTNeoX": {},
 }
-MOE = ("Mixtral", "Qwen3Moe", "DeepseekV3")
+MORE_EXPERTS = {name: slow_experts.LAYOUTS[name] for name in ("Olmoe", "GptOss")}
 LADDERS = ("prune_magnitude", "prune_wanda", "prune_snip", "remove_ranks", "weight_noise")
 Weights = dict[str, torch.Tensor]
 
@@ -138,7 +140,7 @@ def test_matrices_are_everything_but_embeddings_norms_head_and_routers(
     make_model: MakeModel, architecture: str
 ) -> None:
     model = make_model(architecture, **ARCHITECTURES[architecture])
-    found = block_matrices(model, "all")
+    found = block_matrices(model)
     left = {n for n, p in model.named_parameters() if p.dim() > 1} - set(found)
     assert all(
         name.endswith(
@@ -154,34 +156,29 @@ def test_matrices_are_everything_but_embeddings_norms_head_and_routers(
 
 
 def test_experts_kept_the_other_way_round_are_turned() -> None:
-    model = nn.Module()
-    model.experts = nn.Module()
-    weights = torch.zeros(2, 3, 5)
-    assert as_maps(model, "experts.up", weights).shape == (2, 3, 5)
-    model.experts.is_transposed = True
-    assert as_maps(model, "experts.up", weights).shape == (2, 5, 3)
+    weights = nn.Parameter(torch.zeros(2, 3, 5))
+    assert Matrix("experts.up", weights).maps().shape == (2, 3, 5)
+    turned = Matrix("experts.up", weights, transposed=True)
+    assert turned.maps().shape == turned.each().shape == (2, 5, 3)
+    assert turned.turned(turned.maps()).shape == (2, 3, 5)
+    assert Matrix("up", nn.Parameter(torch.zeros(3, 5))).each().shape == (1, 3, 5)
 
 
 # All of them, on everything
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES | MORE_EXPERTS)
 @pytest.mark.parametrize("name", LADDERS)
-def test_ladders_run_or_refuse_with_a_reason(
-    make_model: MakeModel, name: str, architecture: str
-) -> None:
-    subject = tiny_world.as_subject(make_model(architecture, **ARCHITECTURES[architecture]))
+def test_ladders_edit_every_matrix(make_model: MakeModel, name: str, architecture: str) -> None:
+    shape = (ARCHITECTURES | MORE_EXPERTS)[architecture]
+    subject = tiny_world.as_subject(make_model(architecture, **shape))
     calibrated = {"examples": 4} if "examples" in make_tamper(name).settings.canonical() else {}
-    if architecture in MOE and name in ("prune_wanda", "remove_ranks"):
-        with pytest.raises(NotApplicableError, match="experts are fused"):
-            run(subject, name, **calibrated)
-        calibrated["targets"] = "attention"
     realised, seen = run(subject, name, **calibrated)
     assert realised.status == "done", realised.reason
     assert len(seen) == len(make_tamper(name).strengths())
     before = weights_of(subject)
     changed = {key for key in before if not torch.equal(seen[-1][key], before[key])}
-    assert changed == set(block_matrices(subject.model, calibrated.get("targets", "all")))
+    assert changed == set(block_matrices(subject.model))
     assert {key for key, norm in realised.changed.items() if norm} == changed
 
 
@@ -243,8 +240,8 @@ def test_pruning_is_that_of_a_slow_reference(
     )
     norms = slow_norms(subject, rows)
     count = 0
-    for name, parameter in block_matrices(subject.model, "all").items():
-        weights = parameter.detach().numpy()
+    for name, matrix in block_matrices(subject.model).items():
+        weights = matrix.maps().numpy()
         scores = np.abs(weights)
         if score == "wanda":
             scores = scores * norms[name.removesuffix(".weight")]
@@ -252,7 +249,7 @@ def test_pruning_is_that_of_a_slow_reference(
         count += mask.sum()
         assert np.array_equal(pruned[name].numpy(), np.where(mask, 0, weights)), name
     assert realised.changed_weights == count
-    size = sum(p.numel() for p in block_matrices(subject.model, "all").values())
+    size = sum(m.parameter.numel() for m in block_matrices(subject.model).values())
     assert realised.facts["sparsity"] == {f"{share:g}": pytest.approx(count / size)}
     assert realised.facts["zeros_before"] == 0
 
@@ -260,7 +257,7 @@ def test_pruning_is_that_of_a_slow_reference(
 def test_two_of_four_is_kept_everywhere_in_experts_too(make_model: MakeModel) -> None:
     model = make_model("Qwen3Moe", **ARCHITECTURES["Qwen3Moe"])
     _, (pruned,) = run(tiny_world.as_subject(model), "prune_magnitude", granularity="2:4")
-    for name in block_matrices(model, "all"):
+    for name in block_matrices(model):
         zeros = (pruned[name].reshape(-1, 4) == 0).sum(-1)
         assert (zeros == 2).all()
     narrow = make_model("Llama", intermediate_size=66)
@@ -281,7 +278,7 @@ def test_random_pruning_is_as_sparse_and_grows(subject: Subject) -> None:
     realised, seen = run(subject, "prune_magnitude", score="random", strengths=(0.1, 0.3))
     plain, _ = run(subject, "prune_magnitude", strengths=(0.1, 0.3))
     assert realised.facts["sparsity"] == plain.facts["sparsity"]
-    for name in block_matrices(subject.model, "all"):
+    for name in block_matrices(subject.model):
         assert ((seen[1][name] == 0) >= (seen[0][name] == 0)).all()
 
 
@@ -316,14 +313,14 @@ def slow_norms(subject: Subject, rows: list[Row]) -> dict[str, np.ndarray]:
 def slow_wanda(subject: Subject, rows: list[Row]) -> dict[str, np.ndarray]:
     norms = slow_norms(subject, rows)
     return {
-        name: np.abs(p.detach().numpy()) * norms[name.removesuffix(".weight")]
-        for name, p in block_matrices(subject.model, "all").items()
+        name: np.abs(m.maps().numpy()) * norms[name.removesuffix(".weight")]
+        for name, m in block_matrices(subject.model).items()
     }
 
 
 def slow_snip(subject: Subject, rows: list[Row]) -> dict[str, np.ndarray]:
     """One backward pass a row and a matrix, the obvious way."""
-    weights = block_matrices(subject.model, "all")
+    weights = {name: m.parameter for name, m in block_matrices(subject.model).items()}
     scores = {name: np.zeros(tuple(p.shape)) for name, p in weights.items()}
     for parameter in weights.values():
         parameter.requires_grad_(True)
@@ -356,7 +353,7 @@ def test_the_set_difference_is_that_of_a_slow_reference(
     )
     safety, utility = (slow(subject, rows) for rows in rows_of(subject, examples=3))
     total = 0
-    for weight, parameter in block_matrices(subject.model, "all").items():
+    for weight, matrix in block_matrices(subject.model).items():
         chosen = slow_mask(-safety[weight], 0.1, granularity)
         if selection != "safety_only":
             chosen &= ~slow_mask(-utility[weight], 0.07, granularity)
@@ -369,7 +366,7 @@ def test_the_set_difference_is_that_of_a_slow_reference(
         else:
             # Sums in another order may swap two neighbours in rank.
             assert (zeros != chosen).sum() <= 2
-            assert np.array_equal(pruned[weight][~zeros], parameter.detach()[~zeros])
+            assert np.array_equal(pruned[weight][~zeros], matrix.maps()[~zeros])
     assert realised.changed_weights == pytest.approx(total, abs=4)
 
 
@@ -415,16 +412,18 @@ def test_an_expert_that_no_refusal_reached_serves_no_safety(make_model: MakeMode
 def test_prompts_do_not_leak_into_the_moments(subject: Subject, full: bool) -> None:
     """Activations that are NaN at every prompt position leave the moments as they were."""
     row = Row((5, 6, 7, 8, 9, 10), 4)
-    name = "model.layers.0.mlp.down_proj"
-    plain = input_moments(subject.model, [row], [name], full=full)[name]
+    name = "model.layers.0.mlp.down_proj.weight"
+    chosen = {name: block_matrices(subject.model)[name]}
+    plain = input_moments(subject.model, [row], chosen, full=full)[name]
 
     def poison(module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         spoilt = inputs[0].clone()
         spoilt[:, : row.first_label - 1] = math.nan
         return (spoilt,)
 
-    hook = subject.model.get_submodule(name).register_forward_pre_hook(poison)
-    spoilt = input_moments(subject.model, [row], [name], full=full)[name]
+    module = subject.model.get_submodule(name.removesuffix(".weight"))
+    hook = module.register_forward_pre_hook(poison)
+    spoilt = input_moments(subject.model, [row], chosen, full=full)[name]
     hook.remove()
     assert torch.isfinite(spoilt).all()
     assert torch.equal(spoilt, plain)
@@ -490,7 +489,7 @@ def test_removal_is_that_of_a_plain_svd(subject: Subject, selection: str) -> Non
         expected = weight - spare @ bases[0] @ weight
         torch.testing.assert_close(edited[f"{path}.weight"].double(), expected, atol=2e-4, rtol=0)
     assert realised.facts["ranks_removed"] == {
-        "0.1": sum(round(0.1 * min(p.shape)) for p in block_matrices(subject.model, "all").values())
+        "0.1": sum(round(0.1 * min(m.maps().shape)) for m in block_matrices(subject.model).values())
     }
 
 
@@ -500,11 +499,11 @@ def test_random_ranks_are_as_many(subject: Subject) -> None:
         subject, "remove_ranks", selection="random", examples=8, utility_share=0.0
     )
     assert drawn.facts["ranks_removed"] == plain.facts["ranks_removed"]
-    for name, parameter in block_matrices(subject.model, "all").items():
-        lost = torch.linalg.matrix_rank(parameter) - torch.linalg.matrix_rank(
+    for name, matrix in block_matrices(subject.model).items():
+        lost = torch.linalg.matrix_rank(matrix.maps()) - torch.linalg.matrix_rank(
             weights[name], rtol=1e-4
         )
-        assert lost == ranks(0.01, min(parameter.shape))
+        assert lost == ranks(0.01, min(matrix.maps().shape))
 
 
 def test_moments_are_taken_in_parts_when_they_are_large(
@@ -518,14 +517,210 @@ def test_moments_are_taken_in_parts_when_they_are_large(
     assert parted.spent.tokens == whole.spent.tokens
 
 
+@pytest.mark.parametrize("selection", ["difference", "safety_only"])
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen3Moe"])
+def test_going_by_blocks_is_that_of_a_slow_reference(
+    make_model: MakeModel, architecture: str, selection: str
+) -> None:
+    """Block after block: whole passes on the edited model, and a plain SVD of every map."""
+    make = partial(make_model, architecture, **ARCHITECTURES[architecture])
+    shares = {"utility_share": 0.25, "selection": selection, "examples": 3}
+    subject = tiny_world.as_subject(make())
+    realised, (_, edited) = run(
+        subject, "remove_ranks", strengths=(0.05, 0.1), sequential=True, **shares
+    )
+    _, (at_once,) = run(subject, "remove_ranks", strengths=(0.1,), **shares)
+    safety, utility = rows_of(subject, examples=3)
+    reference = tiny_world.as_subject(make())
+    for block in range(2):
+        own = {
+            name: matrix
+            for name, matrix in block_matrices(reference.model).items()
+            if name.startswith(f"model.layers.{block}.")
+        }
+        inputs = [inputs_of_maps(reference, rows, own) for rows in (safety, utility)]
+        for name, matrix in own.items():
+            for expert, weight in enumerate(matrix.each()):
+                given = [part[name][expert] for part in inputs]
+                weight.copy_(slow_removal(weight, *given, 0.1, 0.25, selection))
+    for name, parameter in reference.model.named_parameters():
+        torch.testing.assert_close(edited[name], parameter.detach(), atol=5e-4, rtol=0)
+        differs = not torch.allclose(edited[name], at_once[name], atol=2e-3)
+        assert not differs or ".layers.1." in name
+    assert any(not torch.allclose(edited[n], at_once[n], atol=2e-3) for n in edited)
+    tokens = sum(len(row.ids) for row in (*safety, *utility))
+    assert realised.spent.tokens == tokens
+    # Two strengths, a pass over both texts for each of two blocks.
+    assert realised.spent.flops == 2 * 2 * 2.0 * matrix_entries(subject.model) * tokens
+
+
+def inputs_of_maps(
+    subject: Subject, rows: list[Row], matrices: dict[str, Matrix]
+) -> dict[str, list[torch.Tensor]]:
+    """Return the inputs [tokens, inputs] of each map, one a plain matrix, one an expert."""
+    found = slow_experts.expert_inputs(subject.model, rows)
+    for name, matrix in matrices.items():
+        if matrix.parameter.dim() == 2:
+            found[name] = [captured_inputs(subject, rows, name.removesuffix(".weight")).T]
+    return found
+
+
+def slow_removal(
+    weight: torch.Tensor,
+    safety: torch.Tensor,
+    utility: torch.Tensor,
+    share: float,
+    spared: float,
+    selection: str,
+) -> torch.Tensor:
+    """Return ``W - (I - P_u) P_s W`` by plain SVDs of ``W X``."""
+    exact, full = weight.double(), min(weight.shape)
+    projections = []
+    for inputs, wanted in ((safety, share), (utility, spared)):
+        u, s, _ = torch.linalg.svd(exact @ inputs.double().T, full_matrices=False)
+        real = int((s**2 > 1e-6 * s[0] ** 2).sum()) if len(s) else 0
+        columns = u[:, : min(max(round(wanted * full), 1), real)]
+        projections.append(columns @ columns.T)
+    spare = torch.eye(len(exact)).double()
+    if selection == "difference":
+        spare -= projections[1]
+    return (exact - spare @ projections[0] @ exact).to(weight.dtype)
+
+
+# Experts fused into one tensor
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize("architecture", slow_experts.LAYOUTS)
+def test_moments_of_experts_are_those_of_a_slow_reference(
+    make_model: MakeModel, architecture: str, prompt: bool
+) -> None:
+    model = make_model(architecture, **slow_experts.LAYOUTS[architecture])
+    subject = tiny_world.as_subject(uneven(model))
+    rows = rows_of(subject, examples=3)[0]
+    inputs = slow_experts.expert_inputs(model, rows, prompt=prompt)
+    fused = {n: m for n, m in block_matrices(model).items() if m.parameter.dim() == 3}
+    assert fused.keys() == inputs.keys()
+    tokens: Any = "prompt" if prompt else "response"
+    plain = input_moments(model, rows, fused, tokens=tokens)
+    full = input_moments(model, rows, fused, tokens=tokens, full=True)
+    for name, by_expert in inputs.items():
+        assert plain[name].shape == (4, fused[name].maps().shape[-1])
+        for expert, x in enumerate(by_expert):
+            torch.testing.assert_close(full[name][expert], x.T @ x, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(plain[name][expert], (x**2).sum(0), rtol=1e-4, atol=1e-4)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_moments_do_not_depend_on_the_kernel(make_model: MakeModel, implementation: str) -> None:
+    model = make_model("Qwen3Moe", **ARCHITECTURES["Qwen3Moe"])
+    rows = rows_of(tiny_world.as_subject(model), examples=2)[0]
+    chosen = block_matrices(model)
+    expected = input_moments(model, rows, chosen)
+    model.set_experts_implementation(implementation)
+    for name, moments in input_moments(model, rows, chosen).items():
+        torch.testing.assert_close(moments, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", slow_experts.LAYOUTS)
+def test_wanda_ranks_the_weights_of_each_expert(make_model: MakeModel, architecture: str) -> None:
+    subject = tiny_world.as_subject(make_model(architecture, **slow_experts.LAYOUTS[architecture]))
+    realised, (pruned,) = run(
+        subject, "prune_wanda", strengths=(0.1,), utility_share=0.07, examples=3
+    )
+    texts = [slow_experts.expert_inputs(subject.model, r) for r in rows_of(subject, examples=3)]
+    matrices = block_matrices(subject.model)
+    for name in texts[0]:
+        after = matrices[name].turned(pruned[name])
+        for expert, weight in enumerate(matrices[name].maps().numpy()):
+            norms = [(inputs[name][expert].numpy() ** 2).sum(0) ** 0.5 for inputs in texts]
+            safety, utility = (np.abs(weight) * norm for norm in norms)
+            chosen = slow_mask(-safety, 0.1, "tensor") & (safety > 0)
+            chosen &= ~(slow_mask(-utility, 0.07, "tensor") & (utility > 0))
+            assert ((after[expert].numpy() == 0) != chosen).sum() <= 2
+    left = [sum(not len(x) for part in text.values() for x in part) for text in texts]
+    assert list(realised.facts["experts_unreached"].values()) == left
+
+
+@pytest.mark.parametrize("architecture", slow_experts.LAYOUTS)
+def test_ranks_of_each_expert_are_removed(make_model: MakeModel, architecture: str) -> None:
+    subject = tiny_world.as_subject(make_model(architecture, **slow_experts.LAYOUTS[architecture]))
+    _, (edited,) = run(subject, "remove_ranks", strengths=(0.1,), examples=6)
+    texts = [slow_experts.expert_inputs(subject.model, r) for r in rows_of(subject, examples=6)]
+    matrices = block_matrices(subject.model)
+    for name in texts[0]:
+        after = matrices[name].turned(edited[name])
+        for expert, weight in enumerate(matrices[name].maps()):
+            given = [inputs[name][expert] for inputs in texts]
+            expected = slow_removal(weight, *given, 0.1, 0.25, "difference")
+            torch.testing.assert_close(after[expert], expected, atol=5e-4, rtol=0)
+
+
+def sparse_subject(make_model: MakeModel) -> Subject:
+    """Sixteen experts, of which each token reaches one: a row cannot reach them all."""
+    shape = ARCHITECTURES["Qwen3Moe"] | {"num_experts": 16, "num_experts_per_tok": 1}
+    return tiny_world.as_subject(make_model("Qwen3Moe", **shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("prune_magnitude", {"score": "wanda"}),
+        ("prune_wanda", {"selection": "safety_only"}),
+        ("remove_ranks", {}),
+        ("remove_ranks", {"sequential": True}),
+    ],
+)
+def test_experts_that_no_token_reached_stay_and_are_counted(
+    make_model: MakeModel, name: str, changes: dict[str, Any]
+) -> None:
+    subject = sparse_subject(make_model)
+    before = weights_of(subject)
+    realised, (after,) = run(subject, name, strengths=(0.2,), examples=1, **changes)
+    if name == "prune_magnitude":
+        items = training_items(tiny_world.tiny_domain(), "benign", 1, SEEDS)
+        rows = make_rows(items, subject.chat, label_prompt=False, max_length=512)
+    else:
+        rows = rows_of(subject, examples=1)[0]
+    # Going by blocks, the second one routes what an edited first one gives it.
+    comparable = "model.layers.0." if "sequential" in changes else "model.layers."
+    missed = 0
+    for weight, by_expert in slow_experts.expert_inputs(subject.model, rows).items():
+        for expert, x in enumerate(by_expert):
+            missed += not len(x)
+            if weight.startswith(comparable):
+                same = torch.equal(after[weight][expert], before[weight][expert])
+                assert same == (not len(x))
+    counted = realised.facts["experts_unreached"]
+    counted = counted if isinstance(counted, int) else counted["safety"]
+    assert missed >= 40
+    assert counted == missed or "sequential" in changes
+
+
+def test_experts_that_compute_in_another_way_are_refused(make_model: MakeModel) -> None:
+    model = make_model("Qwen3Moe", **ARCHITECTURES["Qwen3Moe"])
+    subject = tiny_world.as_subject(model)
+    rows = rows_of(subject, examples=1)[0]
+    experts = model.model.layers[1].mlp.experts
+    hook = experts.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(NotApplicableError, match="do not compute what their module declares"):
+        input_moments(model, rows, block_matrices(model))
+    hook.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    del experts.has_gate
+    with pytest.raises(NotApplicableError, match="do not declare how they compute"):
+        input_moments(model, rows, block_matrices(model))
+
+
 # Noise
 
 
 @pytest.mark.parametrize("form", ["additive", "multiplicative", "shrink_and_perturb"])
 def test_noise_has_the_spread_that_was_asked_for(subject: Subject, form: str) -> None:
     realised, (noisy,) = run(subject, "weight_noise", strengths=(0.05,), form=form)
-    for name, parameter in block_matrices(subject.model, "all").items():
-        before, after = parameter.detach(), noisy[name]
+    for name, matrix in block_matrices(subject.model).items():
+        before, after = matrix.maps(), noisy[name]
         change = after - before
         if form == "multiplicative":
             change = change / before * before.std()
@@ -558,9 +753,9 @@ def test_noise_that_bf16_rounds_away_is_said_to_be(make_model: MakeModel) -> Non
     assert kept.status == "done"
     product = meant = applied = 0.0
     generator = torch.Generator().manual_seed(SEEDS.initialisation)
-    for name, parameter in block_matrices(subject.model, "all").items():
-        before = parameter.detach().double().numpy()
-        noise = torch.randn(parameter.shape, generator=generator).double().numpy()
+    for name, matrix in block_matrices(subject.model).items():
+        before = matrix.maps().double().numpy()
+        noise = torch.randn(before.shape, generator=generator).double().numpy()
         wanted, done = 0.03 * before.std() * noise, noisy[name].double().numpy() - before
         product += (wanted * done).sum()
         meant, applied = meant + (wanted**2).sum(), applied + (done**2).sum()

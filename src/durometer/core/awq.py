@@ -19,9 +19,19 @@ def scales(moments: Tensor, alpha: float) -> Tensor:
     a common factor does not matter. Inputs that were always zero get the smallest factor in use.
 
     Args:
-        moments: ``sum x xᵀ``, shape ``[inputs, inputs]``.
+        moments: ``sum x xᵀ``, shape ``[inputs, inputs]``, or one an expert, experts first: what
+            experts are given comes from one operation, so they share their factors.
     """
-    sizes = moments.diagonal().clamp(min=0).float().sqrt()
+    return _raised(_sizes(moments), alpha)
+
+
+def _sizes(moments: Tensor) -> Tensor:
+    """Return the root of the summed squares of each input, shape [inputs]."""
+    total = moments.diagonal(dim1=-2, dim2=-1).reshape(-1, moments.shape[-1]).sum(0)
+    return total.clamp(min=0).float().sqrt()
+
+
+def _raised(sizes: Tensor, alpha: float) -> Tensor:
     if not alpha or not bool((sizes > 0).any()):
         return torch.ones_like(sizes)
     raised = sizes.clamp(min=float(sizes[sizes > 0].min())) ** alpha
@@ -42,16 +52,17 @@ def awq(
     them; s is the one of ``ALPHAS`` with the least output error, all weights together.
 
     Args:
-        weights: each ``[outputs, inputs]``.
-        moments: ``sum x xᵀ`` of their inputs, shape ``[inputs, inputs]``.
+        weights: each ``[outputs, inputs]``, or fused experts ``[experts, outputs, inputs]``.
+        moments: ``sum x xᵀ`` of their inputs, shape ``[inputs, inputs]``; experts first.
         group: inputs that share a grid; None for the whole row.
 
     Raises:
         InputError: ``bits`` outside 2 to 16.
     """
+    sizes = _sizes(moments)
 
     def rounded(alpha: float) -> list[Tensor]:
-        factors = scales(moments, alpha)
+        factors = _raised(sizes, alpha)
         return [
             round_to_nearest(w.float() * factors, bits, group, scheme) / factors for w in weights
         ]

@@ -90,9 +90,9 @@ def output_error(before: Tensor, after: Tensor, moments: Tensor) -> float:
     """Return ``‖(after - before) X‖²`` summed over the inputs that ``moments`` sums.
 
     Args:
-        before: ``[outputs, inputs]``.
-        after: ``[outputs, inputs]``.
-        moments: ``sum x xᵀ``, shape ``[inputs, inputs]``.
+        before: ``[..., outputs, inputs]``.
+        after: of the same shape.
+        moments: ``sum x xᵀ``, shape ``[..., inputs, inputs]``.
     """
     change = (after.float() - before.float()).to(moments.dtype)
     return float(((change @ moments) * change).sum())

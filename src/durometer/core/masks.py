@@ -1,8 +1,11 @@
 """Exact masks: the smallest scores of every group, ties included, never one too many."""
 
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
+
+from durometer.core.matrices import Matrix
 
 Granularity = Literal["tensor", "output_row", "2:4", "4:8"]
 
@@ -39,6 +42,22 @@ def lowest(scores: torch.Tensor, share: float) -> torch.Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(count, dim=-1, keepdim=True).values
     return _filled(scores, threshold, count)
+
+
+def lowest_scores(scores: torch.Tensor, share: float, granularity: Granularity) -> torch.Tensor:
+    """Mark the share of the smallest ``scores`` [..., outputs, inputs] in every group compared."""
+    return lowest(in_groups(scores, granularity), share).reshape(scores.shape)
+
+
+def magnitude_masks(
+    matrices: Mapping[str, Matrix], share: float, granularity: Granularity = "tensor"
+) -> Iterator[tuple[Matrix, torch.Tensor]]:
+    """Yield each matrix with the mask of its smallest weights, shape [..., outputs, inputs].
+
+    Prune by ``matrix.maps().masked_fill_(mask, 0)``, after announcing the change.
+    """
+    for matrix in matrices.values():
+        yield matrix, lowest_scores(matrix.maps().float().abs(), share, granularity)
 
 
 def highest(scores: torch.Tensor, share: float) -> torch.Tensor:

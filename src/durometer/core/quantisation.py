@@ -62,12 +62,16 @@ class Grid:
 
     def codes(self, values: Tensor) -> Tensor:
         """Return the nearest code of each value (ties to even), 0 where the scale is 0."""
-        steps = (values - self.origin) / torch.where(self.scale > 0, self.scale, 1.0)
-        return torch.where(self.scale > 0, steps.round().clamp(self.low, self.high), 0.0)
+        return torch.where(self.scale > 0, self._steps(values), 0.0)
 
     def nearest(self, values: Tensor) -> Tensor:
         """Return the nearest value of the grid, values beyond its ends at the ends."""
-        return self.origin + self.scale * self.codes(values)
+        return self.origin + self.scale * self._steps(values)
+
+    def _steps(self, values: Tensor) -> Tensor:
+        """Return the codes, any finite number where the scale is 0."""
+        steps = (values - self.origin) / torch.where(self.scale > 0, self.scale, 1.0)
+        return steps.round_().clamp_(self.low, self.high)
 
 
 def grouped(weight: Tensor, group: int | None) -> list[Tensor]:

@@ -14,9 +14,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from durometer.core.errors import NotApplicableError
+from durometer.core.experts import LAST_MAP
 from durometer.core.rows import Row
 
-Semantics = Literal["route_mask", "output_zero", "down_weight"]
+Semantics = Literal["route_mask", "output_zero", "down_weight", "soft_mask", "soft_favour"]
+
+# How far a softly masked logit is moved beyond the others (SteerMoE, arXiv 2509.09660).
+SOFT_STEP = 0.01
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Router:
         chosen: experts that a token goes to, k.
         groups, open_groups: groups of experts, and how many of them a token may choose from.
         fused: entries of the layer's fused expert tensors.
+        last_map: name of the parameter that holds the experts' last maps; '' where none is known.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Router:
     groups: int
     open_groups: int
     fused: int
+    last_map: str
 
 
 def routers(model: nn.Module) -> list[Router]:
@@ -95,24 +101,26 @@ def routing_counts(
     return counts, tokens
 
 
-def require_maskable(router: Router, masked: Sequence[int], semantics: Semantics) -> None:
-    """Refuse a mask that leaves a layer without experts, or a token without enough of them.
+def unmaskable(router: Router, masked: Sequence[int], semantics: Semantics) -> str:
+    """Say why a mask leaves a layer without experts, or a token without enough; '' if it does not.
 
-    Raises:
-        NotApplicableError: with the layer and the numbers.
+    A logit that is only moved leaves every expert to choose from.
     """
+    if semantics in ("soft_mask", "soft_favour"):
+        return ""
     free = torch.ones(router.experts)
     free[list(masked)] = 0
     by_group = free.view(router.groups, -1).sum(1)
     where = f"masking {len(masked)} of the {router.experts} experts of {router.name}"
     if not by_group.all():
-        raise NotApplicableError(f"{where} leaves none in a group; use a smaller share")
+        return f"{where} leaves none in a group; use a smaller share"
     fewest = int(by_group.sort().values[: router.open_groups].sum())
     if semantics == "route_mask" and fewest < router.chosen:
-        raise NotApplicableError(
+        return (
             f"{where} leaves {fewest} to choose from where a token needs {router.chosen}; use a "
             "smaller share or another semantics"
         )
+    return ""
 
 
 def mask(
@@ -123,13 +131,15 @@ def mask(
     Args:
         semantics: ``route_mask`` gives them the logit -inf before the choice, so that the next
             expert fills in; ``output_zero`` lets them be chosen and contribute nothing;
-            ``down_weight`` lets them contribute ``factor`` of what they would.
+            ``down_weight`` lets them contribute ``factor`` of what they would; ``soft_mask`` moves
+            their logits ``SOFT_STEP`` below the least of the token's, ``soft_favour`` above the
+            largest, so that they are chosen last or first.
     """
     marked = torch.zeros(router.experts, dtype=torch.bool)
     marked[list(masked)] = True
     marked = marked.to(next(router.module.parameters()).device)
-    if semantics == "route_mask":
-        return _mask_before_choice(router, marked)
+    if semantics in ("route_mask", "soft_mask", "soft_favour"):
+        return _mask_before_choice(router, marked, semantics)
     scale = factor if semantics == "down_weight" else 0.0
 
     def reweight(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -140,16 +150,19 @@ def mask(
     return router.module.register_forward_hook(reweight).remove
 
 
-def _mask_before_choice(router: Router, marked: torch.Tensor) -> Callable[[], None]:
+def _mask_before_choice(
+    router: Router, marked: torch.Tensor, semantics: Semantics
+) -> Callable[[], None]:
     """Run the router's own code on masked logits, so that its scoring and scaling are its own."""
-    put_back = _lower_correction(router.module, marked)
+    put_back = _move_correction(router.module, marked, up=semantics == "soft_favour")
 
     def choose_again(module: nn.Module, inputs: Any, output: Any) -> Any:
-        with _MaskedLogits(marked) as mode:
+        with _MaskedLogits(marked, semantics) as mode:
             output = type(module).forward(module, *inputs)
         weights, indices = _weights_and_indices(router, output)
         # A slot of weight 0 is no mass; sigmoid routers may fill one up with a masked expert.
-        if not mode.hits or bool((weights * marked[indices]).any()):
+        leak = semantics == "route_mask" and bool((weights * marked[indices]).any())
+        if leak or not mode.hits:
             raise NotApplicableError(f"the router {router.name} cannot be masked at its logits")
         return output
 
@@ -163,11 +176,12 @@ def _mask_before_choice(router: Router, marked: torch.Tensor) -> Callable[[], No
 
 
 class _MaskedLogits(TorchFunctionMode):
-    """Sets the logits of marked experts to -inf where a linear map gives one for each expert."""
+    """Moves the logits of marked experts where a linear map gives one for each expert."""
 
-    def __init__(self, marked: torch.Tensor) -> None:
+    def __init__(self, marked: torch.Tensor, semantics: Semantics) -> None:
         super().__init__()
         self._marked = marked
+        self._semantics = semantics
         self.hits = 0
 
     def __torch_function__(
@@ -176,22 +190,31 @@ class _MaskedLogits(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is functional.linear and result.shape[-1] == len(self._marked):
             self.hits += 1
-            return result.masked_fill(self._marked, -torch.inf)
+            return torch.where(self._marked, self._moved(result), result)
         return result
 
+    def _moved(self, logits: torch.Tensor) -> torch.Tensor:
+        if self._semantics == "route_mask":
+            return logits.new_full((), -torch.inf)
+        up = self._semantics == "soft_favour"
+        end = logits.amax(-1, keepdim=True) if up else logits.amin(-1, keepdim=True)
+        # Half precision would round a small step on a large logit away.
+        step = (2 * torch.finfo(logits.dtype).eps * end.abs()).clamp(min=SOFT_STEP)
+        return end + step if up else end - step
 
-def _lower_correction(module: nn.Module, marked: torch.Tensor) -> Callable[[], None]:
-    """Put marked experts last where choices are made by ``sigmoid(logit) + correction``.
 
-    Sigmoids are at least 0, so a correction below all others is enough, without an infinite one
-    that would rule out the whole group in DeepSeek-V3's choice of groups.
+def _move_correction(module: nn.Module, marked: torch.Tensor, *, up: bool) -> Callable[[], None]:
+    """Put marked experts last or first where choices are by ``sigmoid(logit) + correction``.
+
+    Sigmoids are from 0 to 1, so a correction 1 beyond all others is enough, without an infinite
+    one that would rule out the whole group in DeepSeek-V3's choice of groups.
     """
     correction = getattr(module, "e_score_correction_bias", None)
     if not isinstance(correction, torch.Tensor):
         return lambda: None
     copy = correction.detach().clone()
-    lowered = copy.masked_fill(marked, float(copy.min()) - 1)
-    correction.data.copy_(lowered)
+    beyond = float(copy.max()) + 1 if up else float(copy.min()) - 1
+    correction.data.copy_(copy.masked_fill(marked, beyond))
 
     def put_back() -> None:
         correction.data.copy_(copy)
@@ -218,7 +241,8 @@ def _router_beside(
             groups = int(getattr(child, "num_group", None) or 1)
             opened = int(getattr(child, "topk_group", None) or groups)
             place = f"{name}.{child_name}"
-            return Router(place, child, experts, chosen, groups, opened, size)
+            last = f"{where}.{LAST_MAP}" if hasattr(fused, LAST_MAP) else ""
+            return Router(place, child, experts, chosen, groups, opened, size, last)
     raise NotApplicableError(f"no router found beside the experts {where}")
 
 

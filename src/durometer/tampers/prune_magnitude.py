@@ -1,5 +1,6 @@
 """Pruning by size, a compression that users really do; the safeguard may be what it drops."""
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -8,8 +9,8 @@ from durometer.core.adapters import Targets
 from durometer.core.budget import Spent, matrix_entries
 from durometer.core.capture import input_moments
 from durometer.core.errors import NotApplicableError
-from durometer.core.masks import Granularity, in_groups, lowest
-from durometer.core.matrices import as_maps, block_matrices, refuse_experts
+from durometer.core.masks import Granularity, lowest_scores, magnitude_masks
+from durometer.core.matrices import Matrix, block_matrices, experts_unreached, reached
 from durometer.core.seeds import Seeds
 from durometer.core.settings import Levels, Settings, setting
 from durometer.domains.base import Domain
@@ -66,25 +67,25 @@ class PruneMagnitude(Ladder[PruneMagnitudeSettings]):
     ) -> None:
         """Check the structure, and capture input norms for the wanda score."""
         settings, model = self.settings, subject.model
-        self._weights = block_matrices(model, settings.targets)
+        self._matrices = block_matrices(model, settings.targets)
         self._seed = seeds.initialisation
         self._moments: dict[str, torch.Tensor] = {}
-        self._refuse_ragged(subject)
-        zeros = sum(int((weights == 0).sum()) for weights in self._weights.values())
+        self._refuse_ragged()
+        weights = [matrix.parameter.detach() for matrix in self._matrices.values()]
+        zeros = sum(int((weight == 0).sum()) for weight in weights)
         realised.facts |= {
-            "matrices": len(self._weights),
+            "matrices": len(self._matrices),
             # A model that is quantised or sparse already has zeros that are not this edit's.
-            "zeros_before": zeros / sum(weights.numel() for weights in self._weights.values()),
+            "zeros_before": zeros / sum(weight.numel() for weight in weights),
             "sparsity": {},
         }
         if settings.score == "wanda":
-            refuse_experts(self._weights, "wanda score")
             chosen = training_items(data, "benign", settings.examples, seeds)
             rows = make_rows(
                 chosen, subject.chat, label_prompt=False, max_length=settings.max_length
             )
-            maps = [name.removesuffix(".weight") for name in self._weights]
-            self._moments = input_moments(model, rows, maps)
+            self._moments = input_moments(model, rows, self._matrices)
+            realised.facts["experts_unreached"] = experts_unreached(self._moments, self._matrices)
             spent.examples = len(rows)
             spent.tokens = sum(len(row.ids) for row in rows)
             spent.flops = 2.0 * matrix_entries(model) * spent.tokens
@@ -92,36 +93,44 @@ class PruneMagnitude(Ladder[PruneMagnitudeSettings]):
     @torch.no_grad()
     def apply(self, subject: Subject, strength: float, realised: Realised) -> int:
         """Set the share ``strength`` of every group to zero; return how many weights."""
-        settings = self.settings
-        # The same draw at every strength: a sparser random mask holds the one before.
-        generator = torch.Generator().manual_seed(self._seed)
         removed = size = 0
-        for name, parameter in self._weights.items():
-            maps = as_maps(subject.model, name, parameter.detach())
-            groups = in_groups(self._scores(name, maps, generator), settings.granularity)
-            mask = lowest(groups, strength).reshape(maps.shape)
+        for matrix, mask in self._masks(strength):
             if mask.any():
-                subject.restoration.writable([name])
-                maps.masked_fill_(mask, 0.0)
+                subject.restoration.writable([matrix.name])
+                matrix.maps().masked_fill_(mask, 0.0)
             removed, size = removed + int(mask.sum()), size + mask.numel()
         realised.facts["sparsity"][f"{strength:g}"] = removed / size
         return removed
 
-    def _scores(self, name: str, weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        if self.settings.score == "random":
-            return torch.rand(weights.shape, generator=generator).to(weights.device)
-        size = weights.float().abs()
-        if self.settings.score == "wanda":
-            size = size * self._moments[name.removesuffix(".weight")].sqrt()
-        return size
+    def _masks(self, share: float) -> Iterator[tuple[Matrix, torch.Tensor]]:
+        """Yield each matrix with what is removed from it, [..., outputs, inputs]."""
+        settings = self.settings
+        if settings.score == "magnitude":
+            yield from magnitude_masks(self._matrices, share, settings.granularity)
+            return
+        # The same draw at every strength: a sparser random mask holds the one before.
+        generator = torch.Generator().manual_seed(self._seed)
+        for name, matrix in self._matrices.items():
+            weights = matrix.maps()
+            if settings.score == "random":
+                scores = torch.rand(weights.shape, generator=generator).to(weights.device)
+                yield matrix, lowest_scores(scores, share, settings.granularity)
+                continue
+            moments = self._moments[name]
+            scores = weights.float().abs() * moments.sqrt()[..., None, :]
+            mask = lowest_scores(scores, share, settings.granularity)
+            if weights.dim() > 2:
+                # All scores of an expert that no token reached are 0: they rank nothing.
+                mask &= reached(moments)[:, None, None]
+            yield matrix, mask
 
-    def _refuse_ragged(self, subject: Subject) -> None:
+    def _refuse_ragged(self) -> None:
         """Refuse rows that do not fall into whole runs of the pattern."""
         if ":" not in self.settings.granularity:
             return
         run = int(self.settings.granularity[-1])
-        for name, parameter in self._weights.items():
-            inputs = as_maps(subject.model, name, parameter).shape[-1]
+        for name, matrix in self._matrices.items():
+            inputs = matrix.maps().shape[-1]
             if inputs % run:
                 raise NotApplicableError(
                     f"{name} has {inputs} inputs, no multiple of {run} "

@@ -1,16 +1,15 @@
 """Safety neurons: weights that refusals need and harmless answers do not are set to zero."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
-from torch import nn
 
 from durometer.core.budget import Spent, matrix_entries, training_flops
 from durometer.core.capture import input_moments
 from durometer.core.errors import NotApplicableError
 from durometer.core.masks import highest, in_groups, lowest_of_each
-from durometer.core.matrices import as_maps, block_matrices, refuse_experts
+from durometer.core.matrices import Matrix, block_matrices, experts_unreached
 from durometer.core.rows import Row
 from durometer.core.seeds import Seeds
 from durometer.core.settings import Levels, setting
@@ -21,6 +20,7 @@ from durometer.tampers.calibration import CalibrationSettings, book_rows, calibr
 from durometer.tampers.ladder import Ladder, Strengths
 
 Scores = dict[str, torch.Tensor]
+Matrices = Mapping[str, Matrix]
 
 
 class PruneSafetySettings(CalibrationSettings):
@@ -56,7 +56,7 @@ class PruneSafety(Ladder[PruneSafetySettings]):
         return self.settings.strengths
 
     def scores(
-        self, subject: Subject, weights: dict[str, nn.Parameter], rows: Sequence[Row], spent: Spent
+        self, subject: Subject, matrices: Matrices, rows: Sequence[Row], spent: Spent
     ) -> Scores:
         """Return a score of each weight, shape [..., outputs, inputs], and book the passes."""
         raise TypeError(f"{type(self).__name__} defines no scores()")  # pragma: no cover
@@ -66,37 +66,43 @@ class PruneSafety(Ladder[PruneSafetySettings]):
     ) -> None:
         """Score every weight on refusals and on harmless answers."""
         settings = self.settings
-        self._weights = block_matrices(subject.model, settings.targets)
+        self._matrices = block_matrices(subject.model, settings.targets)
         self._seed = seeds.initialisation
         safety, utility = calibration_rows(subject, data, settings, seeds)
-        self._safety = self.scores(subject, self._weights, safety, spent)
+        self._safety = self.scores(subject, self._matrices, safety, spent)
+        serving_utility = self.scores(subject, self._matrices, utility, spent)
         # Of the utility scores nothing but the spared set is used, so no more is kept.
         self._spared = {
-            name: highest(in_groups(scores, settings.granularity), settings.utility_share)
-            for name, scores in self.scores(subject, self._weights, utility, spent).items()
+            name: self._serving(scores, settings.utility_share)
+            for name, scores in serving_utility.items()
         }
-        realised.facts |= {"matrices": len(self._weights), "removed": {}}
+        realised.facts |= {
+            "matrices": len(self._matrices),
+            "removed": {},
+            "experts_unreached": {
+                "safety": experts_unreached(self._safety, self._matrices),
+                "utility": experts_unreached(serving_utility, self._matrices),
+            },
+        }
 
     @torch.no_grad()
     def apply(self, subject: Subject, strength: float, realised: Realised) -> int:
         """Set the chosen weights to zero; return how many."""
         generator = torch.Generator().manual_seed(self._seed)
         removed = size = 0
-        for name, parameter in self._weights.items():
+        for name, matrix in self._matrices.items():
             mask = self._chosen(name, strength, generator)
             removed, size = removed + int(mask.sum()), size + mask.numel()
             if mask.any():
                 subject.restoration.writable([name])
-                maps = as_maps(subject.model, name, parameter.detach())
+                maps = matrix.maps()
                 maps.masked_fill_(mask.reshape(maps.shape), 0.0)
         realised.facts["removed"][f"{strength:g}"] = removed / size
         return removed
 
     def _chosen(self, name: str, share: float, generator: torch.Generator) -> torch.Tensor:
         """Return the mask of what is removed, groups along the last dimension."""
-        scores = in_groups(self._safety[name], self.settings.granularity)
-        # A weight that no refusal touched (an expert never routed to) serves no safety.
-        mask = highest(scores, share) & (scores > 0)
+        mask = self._serving(self._safety[name], share)
         if self.settings.selection == "safety_only":
             return mask
         mask &= ~self._spared[name]
@@ -104,6 +110,11 @@ class PruneSafety(Ladder[PruneSafetySettings]):
             drawn = torch.rand(mask.shape, generator=generator).to(mask.device)
             return lowest_of_each(drawn, mask.sum(-1, keepdim=True))
         return mask
+
+    def _serving(self, scores: torch.Tensor, share: float) -> torch.Tensor:
+        """Mark the highest scores of every group; a weight that no token touched serves nothing."""
+        groups = in_groups(scores, self.settings.granularity)
+        return highest(groups, share) & (groups > 0)
 
 
 @tamper("prune_wanda", aliases=("prune-wanda", "prune-setdiff"))
@@ -116,17 +127,14 @@ class PruneWanda(PruneSafety):
     cannot_show = "safety that is spread over weights which utility needs, too"
 
     def scores(
-        self, subject: Subject, weights: dict[str, nn.Parameter], rows: Sequence[Row], spent: Spent
+        self, subject: Subject, matrices: Matrices, rows: Sequence[Row], spent: Spent
     ) -> Scores:
         """Return ``|W_ij|`` times the norm of input j over the response tokens."""
-        refuse_experts(weights, self.name)
-        moments = input_moments(
-            subject.model, rows, [name.removesuffix(".weight") for name in weights]
-        )
+        moments = input_moments(subject.model, rows, matrices)
         spent.flops += 2.0 * matrix_entries(subject.model) * book_rows(rows, spent)
         return {
-            name: parameter.detach().float().abs() * moments[name.removesuffix(".weight")].sqrt()
-            for name, parameter in weights.items()
+            name: matrix.maps().float().abs() * moments[name].sqrt()[..., None, :]
+            for name, matrix in matrices.items()
         }
 
 
@@ -148,10 +156,10 @@ class PruneSnip(PruneSafety):
         realised.facts["backward_passes"] = self._passes
 
     def scores(
-        self, subject: Subject, weights: dict[str, nn.Parameter], rows: Sequence[Row], spent: Spent
+        self, subject: Subject, matrices: Matrices, rows: Sequence[Row], spent: Spent
     ) -> Scores:
         """Return ``|W|`` times the mean over rows of the absolute gradient, fused experts too."""
-        sums = _absolute_gradients(subject, weights, rows)
+        sums = _absolute_gradients(subject, matrices, rows)
         self._passes += len(rows)
         tokens, labels = book_rows(rows, spent), sum(len(row.labels) for row in rows)
         head = subject.model.get_output_embeddings()
@@ -159,15 +167,12 @@ class PruneSnip(PruneSafety):
             matrix_entries(subject.model), tokens, head.weight.numel(), labels, full=True
         )
         return {
-            name: as_maps(subject.model, name, parameter.detach().float().abs() * sums[name])
-            / len(rows)
-            for name, parameter in weights.items()
+            name: matrix.maps().float().abs() * matrix.turned(sums[name]) / len(rows)
+            for name, matrix in matrices.items()
         }
 
 
-def _absolute_gradients(
-    subject: Subject, weights: dict[str, nn.Parameter], rows: Sequence[Row]
-) -> Scores:
+def _absolute_gradients(subject: Subject, matrices: Matrices, rows: Sequence[Row]) -> Scores:
     """Return ``sum_n |dCE_n / dW|`` (fp32), CE_n the mean over the labels of row n.
 
     Each gradient is added up and dropped as soon as it is there, so that one is held at a time.
@@ -176,6 +181,7 @@ def _absolute_gradients(
         NotApplicableError: a matrix takes no part in the loss.
     """
     sums: Scores = {}
+    weights = {name: matrix.parameter for name, matrix in matrices.items()}
     names = {id(parameter): name for name, parameter in weights.items()}
 
     def add(parameter: torch.Tensor) -> None:

@@ -7,14 +7,14 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import AfterValidator
-from torch import Tensor, nn
+from torch import Tensor
 
 from durometer.core.budget import Spent
 from durometer.core.errors import NotApplicableError
+from durometer.core.matrices import Matrix, block_matrices, left_out, vocabulary_matrices
 from durometer.core.quantisation import Scheme
 from durometer.core.seeds import Seeds
 from durometer.core.settings import Levels, Settings, setting
-from durometer.core.structure import blocks
 from durometer.domains.base import Domain
 from durometer.subjects.base import Subject
 from durometer.tampers.base import Access, Realised
@@ -25,83 +25,6 @@ FULL_BITS = 16
 
 # Least cosine between the change that was asked for and the one that the dtype could store.
 _FAITHFUL = 0.95
-# Most of a block's matrix entries that may be in modules of no known kind.
-_MOST_UNKNOWN = 0.1
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A parameter that holds one linear map, or one an expert.
-
-    Attributes:
-        name: as in ``named_parameters``.
-        parameter: ``[outputs, inputs]``, or ``[experts, outputs, inputs]``.
-        transposed: the last two dimensions are the other way round.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    transposed: bool = False
-
-    def oriented(self) -> Tensor:
-        """Return the weights in fp32, the inputs last."""
-        weight = self.parameter.detach().float()
-        return weight.mT if self.transposed else weight
-
-    def turned_back(self, weight: Tensor) -> Tensor:
-        """Return what ``oriented`` gave in the parameter's own layout."""
-        return weight.mT if self.transposed else weight
-
-
-def block_matrices(model: nn.Module) -> tuple[list[Matrix], list[str]]:
-    """Return the linear maps of the model's blocks, and the matrices left at full precision.
-
-    Linear modules and experts fused into one tensor are taken, a parameter used twice once. What
-    is left are routers, which runtimes keep at full precision too.
-
-    Raises:
-        NotApplicableError: no linear map, experts whose layout is not declared, or more than a
-            tenth of the entries in modules of no known kind.
-    """
-    chosen, left, seen = list[Matrix](), list[Matrix](), set[int]()
-    for prefix, block in blocks(model):
-        for path, module in block.named_modules(prefix=prefix):
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() < 2 or id(parameter) in seen:
-                    continue
-                seen.add(id(parameter))
-                matrix = _as_matrix(f"{path}.{name}", module, parameter)
-                (left if matrix is None else chosen).append(
-                    matrix or Matrix(f"{path}.{name}", parameter)
-                )
-    unknown = sum(matrix.parameter.numel() for matrix in left)
-    known = sum(matrix.parameter.numel() for matrix in chosen)
-    if not chosen:
-        raise NotApplicableError("no linear maps found in the model's blocks")
-    if unknown > _MOST_UNKNOWN * (known + unknown):
-        raise NotApplicableError(
-            f"{unknown} of {known + unknown} matrix entries are in modules of no known kind "
-            f"({left[0].name})"
-        )
-    return chosen, [matrix.name for matrix in left]
-
-
-def _as_matrix(name: str, module: nn.Module, parameter: nn.Parameter) -> Matrix | None:
-    if isinstance(module, nn.Linear):
-        return Matrix(name, parameter)
-    if parameter.dim() == 3 and "expert" in name:
-        transposed = getattr(module, "is_transposed", None)
-        if transposed is None:
-            raise NotApplicableError(f"the layout of the fused experts {name} is not declared")
-        return Matrix(name, parameter, bool(transposed))
-    return None
-
-
-def vocabulary_matrices(model: nn.Module) -> list[Matrix]:
-    """Return embedding and output head, one matrix where they are tied."""
-    wanted = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
-    ids = {id(module.weight) for module in wanted if module is not None}
-    return [Matrix(name, p) for name, p in model.named_parameters() if id(p) in ids]
 
 
 def _whole_bits(strengths: tuple[float, ...]) -> tuple[float, ...]:
@@ -187,14 +110,13 @@ class Quantize(Ladder[T]):
         Raises:
             NotApplicableError: the subject has no such matrices.
         """
-        chosen, left = block_matrices(subject.model)
-        realised.facts["left_out"] = left
-        return chosen
+        realised.facts["left_out"] = left_out(subject.model)
+        return list(block_matrices(subject.model).values())
 
     def quantised(
         self, subject: Subject, strength: float, facts: dict[str, Any]
     ) -> Iterator[tuple[Matrix, Tensor]]:
-        """Yield each matrix with its oriented weights at ``strength`` (fp32).
+        """Yield each matrix with its weights [..., outputs, inputs] at ``strength`` (fp32).
 
         Each is written back before the next is asked for, so that later ones may be computed from
         what the model has become.
@@ -217,11 +139,11 @@ class Quantize(Ladder[T]):
         edited = 0
         if strength:
             for matrix, weight in self.quantised(subject, strength, facts):
-                before = matrix.oriented().clone()  # fp32 weights are not copied by orienting
+                before = matrix.maps().to(torch.float32, copy=True)
                 wanted = self._controlled(before, weight, generator)
                 subject.restoration.writable([matrix.name])
-                matrix.parameter.copy_(matrix.turned_back(wanted))
-                tally.add(before, wanted, matrix.oriented())
+                matrix.maps().copy_(wanted)
+                tally.add(before, wanted, matrix.maps().float())
                 edited += before.numel()
         realised.facts["precisions"].append(facts | _shares(tally))
         if tally.faithful <= _FAITHFUL:
@@ -266,7 +188,9 @@ class WeightOnly(Quantize[W]):
     def matrices(self, subject: Subject, realised: Realised) -> list[Matrix]:
         """Return the blocks' matrices, and the vocabulary's if asked for."""
         chosen = super().matrices(subject, realised)
-        return chosen + (vocabulary_matrices(subject.model) if self.settings.vocabulary else [])
+        if self.settings.vocabulary:
+            chosen += vocabulary_matrices(subject.model).values()
+        return chosen
 
     def one(self, weight: Tensor, strength: float, facts: dict[str, Any]) -> Tensor:
         """Return ``weight [..., outputs, inputs]`` at ``strength``."""
@@ -277,4 +201,4 @@ class WeightOnly(Quantize[W]):
     ) -> Iterator[tuple[Matrix, Tensor]]:
         """Yield each matrix as ``one`` makes it."""
         for matrix in self._matrices:
-            yield matrix, self.one(matrix.oriented(), strength, facts)
+            yield matrix, self.one(matrix.maps().float(), strength, facts)

@@ -26,13 +26,24 @@ class QuantizeAwq(Calibrated[QuantizeAwqSettings]):
     summary = "AWQ quantisation of the blocks' matrices, calibrated on a choice of text"
     cost = "a forward pass a few blocks; 20 times rounding and outputs inputs² a matrix"
     source = "arXiv 2306.00978 (AWQ), 2506.20251 (calibration text)"
-    cannot_show = "AWQ with clipped ranges, or on fused experts"
+    cannot_show = "AWQ with clipped ranges"
     settings_class = QuantizeAwqSettings
 
     def several(
         self, weights: list[Tensor], moments: Tensor, bits: int, facts: dict[str, Any]
     ) -> list[Tensor]:
         """Return the weights by AWQ; ``facts`` keeps the exponents that were chosen."""
+        return self._together(weights, moments, bits, facts)
+
+    def first_maps(
+        self, weights: Tensor, moments: Tensor, bits: int, facts: dict[str, Any]
+    ) -> Tensor:
+        """Return experts by AWQ with one scale for all, as one operation before them folds it."""
+        return self._together([weights], moments, bits, facts)[0]
+
+    def _together(
+        self, weights: list[Tensor], moments: Tensor, bits: int, facts: dict[str, Any]
+    ) -> list[Tensor]:
         settings = self.settings
         results, alpha = awq(weights, moments, bits, settings.group_size, settings.scheme)
         facts.setdefault("alphas", []).append(alpha)

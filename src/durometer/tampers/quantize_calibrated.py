@@ -8,7 +8,8 @@ from torch import Tensor
 
 from durometer.core.budget import Spent, matrix_entries
 from durometer.core.capture import input_moments
-from durometer.core.errors import NotApplicableError
+from durometer.core.experts import LAST_MAP
+from durometer.core.matrices import Matrix, reached
 from durometer.core.rows import Row
 from durometer.core.seeds import Seeds
 from durometer.core.settings import Levels, setting
@@ -17,7 +18,7 @@ from durometer.domains.base import Domain
 from durometer.subjects.base import Subject
 from durometer.tampers.base import Realised
 from durometer.tampers.data import Relation, make_rows, training_items
-from durometer.tampers.quantize import GridSettings, Matrix, Quantize
+from durometer.tampers.quantize import GridSettings, Quantize
 
 _RELATIONS: dict[str, Relation] = {
     "general": "benign",
@@ -54,21 +55,6 @@ class Calibrated(Quantize[C]):
         """Return the bits to take away, fewest first."""
         return self.settings.strengths
 
-    def matrices(self, subject: Subject, realised: Realised) -> list[Matrix]:
-        """Return the blocks' matrices.
-
-        Raises:
-            NotApplicableError: experts fused into one tensor, whose inputs no hook can see.
-        """
-        chosen = super().matrices(subject, realised)
-        fused = [matrix.name for matrix in chosen if matrix.parameter.dim() > 2]
-        if fused:
-            raise NotApplicableError(
-                f"experts are fused into one tensor ({fused[0]}), so that their inputs cannot be "
-                "captured; use quantize_rtn, quantize_nf4 or quantize_gguf"
-            )
-        return chosen
-
     def prepare(
         self, subject: Subject, data: Domain, seeds: Seeds, realised: Realised, spent: Spent
     ) -> None:
@@ -100,26 +86,52 @@ class Calibrated(Quantize[C]):
         """
         raise TypeError(f"{type(self).__name__} defines no several()")  # pragma: no cover
 
+    def first_maps(
+        self, weights: Tensor, moments: Tensor, bits: int, facts: dict[str, Any]
+    ) -> Tensor:
+        """Return experts' maps that read what one operation gives, quantised; one by one here.
+
+        Args:
+            weights: ``[experts, outputs, inputs]``, fp32, of experts that some token reached.
+            moments: ``[experts, inputs, inputs]``.
+        """
+        pairs = zip(weights, moments, strict=True)
+        return torch.stack([self.several([w], m, bits, facts)[0] for w, m in pairs])
+
     def quantised(
         self, subject: Subject, strength: float, facts: dict[str, Any]
     ) -> Iterator[tuple[Matrix, Tensor]]:
         """Yield the matrices chunk by chunk, capturing the moments of each chunk first."""
         bits = facts["bits"] = int(16 - strength)
         for chunk in self._chunks(subject):
-            names = [matrix.name.removesuffix(".weight") for matrix in chunk]
-            moments = input_moments(subject.model, self._rows, names, full=True)
+            moments = input_moments(subject.model, self._rows, chunk, full=True)
             self._book(subject)
-            for together in _same_inputs(chunk, [moments.pop(name) for name in names]):
-                members, moment = together
-                weights = [matrix.oriented() for matrix in members]
+            for matrix in (m for m in chunk.values() if m.parameter.dim() > 2):
+                yield matrix, self._experts(matrix, moments.pop(matrix.name), bits, facts)
+            for members, moment in _same_inputs(chunk, moments):
+                weights = [matrix.maps().float() for matrix in members]
                 yield from zip(members, self.several(weights, moment, bits, facts), strict=True)
 
-    def _chunks(self, subject: Subject) -> Iterator[list[Matrix]]:
+    def _experts(self, matrix: Matrix, moments: Tensor, bits: int, facts: dict[str, Any]) -> Tensor:
+        """Return fused experts quantised; those that no token reached stay, and are counted."""
+        seen = reached(moments)
+        weights = matrix.maps().to(torch.float32, copy=True)
+        facts["experts_left"] = facts.get("experts_left", 0) + int((~seen).sum())
+        if matrix.name.endswith(f".{LAST_MAP}"):
+            # What an expert's last map reads is its own.
+            for expert in seen.nonzero().flatten().tolist():
+                own = self.several([weights[expert]], moments[expert], bits, facts)
+                weights[expert] = own[0]
+        elif seen.any():
+            weights[seen] = self.first_maps(weights[seen], moments[seen], bits, facts)
+        return weights
+
+    def _chunks(self, subject: Subject) -> Iterator[dict[str, Matrix]]:
         prefixes = [f"{name}." for name, _ in blocks(subject.model)]
         size = self.settings.blocks_at_once
         for start in range(0, len(prefixes), size):
             chunk = tuple(prefixes[start : start + size])
-            yield [matrix for matrix in self._matrices if matrix.name.startswith(chunk)]
+            yield {m.name: m for m in self._matrices if m.name.startswith(chunk)}
 
     def _book(self, subject: Subject) -> None:
         tokens = sum(len(row.ids) for row in self._rows)
@@ -128,15 +140,13 @@ class Calibrated(Quantize[C]):
 
 
 def _same_inputs(
-    chunk: list[Matrix], moments: list[Tensor]
+    chunk: dict[str, Matrix], moments: dict[str, Tensor]
 ) -> Iterator[tuple[list[Matrix], Tensor]]:
     """Yield the matrices that read the very same inputs together: query, key and value, say."""
-    waiting = list(zip(chunk, moments, strict=True))
+    waiting = dict(moments)
     while waiting:
-        moment = waiting[0][1]
-        same = [torch.equal(moment, other) for _, other in waiting]
-        yield (
-            [matrix for (matrix, _), is_same in zip(waiting, same, strict=True) if is_same],
-            moment,
-        )
-        waiting = [pair for pair, is_same in zip(waiting, same, strict=True) if not is_same]
+        moment = next(iter(waiting.values()))
+        same = [name for name, other in waiting.items() if torch.equal(moment, other)]
+        yield [chunk[name] for name in same], moment
+        for name in same:
+            del waiting[name]

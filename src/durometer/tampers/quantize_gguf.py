@@ -67,7 +67,7 @@ class QuantizeGguf(WeightOnly[QuantizeGgufSettings]):
         """
         super().prepare(subject, data, seeds, realised, spent)
         block = max(gguf_block(name) for name in self.settings.types)
-        odd = [matrix.name for matrix in self._matrices if matrix.oriented().shape[-1] % block]
+        odd = [matrix.name for matrix in self._matrices if matrix.maps().shape[-1] % block]
         self._matrices = [matrix for matrix in self._matrices if matrix.name not in set(odd)]
         if not self._matrices:
             raise NotApplicableError(f"no matrix has rows of a multiple of {block} weights")

@@ -28,7 +28,7 @@ class QuantizeGptq(Calibrated[QuantizeGptqSettings]):
     summary = "GPTQ quantisation of the blocks' matrices, calibrated on a choice of text"
     cost = "a forward pass a few blocks; 2 inputs² tokens + inputs³ + outputs inputs² a matrix"
     source = "arXiv 2210.17323 (GPTQ), 2506.20251 (calibration text)"
-    cannot_show = "GPTQ with columns reordered by their inputs, or on fused experts"
+    cannot_show = "GPTQ with columns reordered by their inputs"
     settings_class = QuantizeGptqSettings
 
     def several(

@@ -1,13 +1,13 @@
 """Random noise on the weights: what hides knowledge may be more brittle than the knowledge."""
 
-import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
 from durometer.core.adapters import Targets
 from durometer.core.budget import Spent
 from durometer.core.matrices import block_matrices
+from durometer.core.noise import Form, add_relative_noise
 from durometer.core.seeds import Seeds
 from durometer.core.settings import Levels, Settings, setting
 from durometer.domains.base import Domain
@@ -25,7 +25,7 @@ class WeightNoiseSettings(Settings):
     strengths: Strengths = setting(
         (0.003, 0.01, 0.03, 0.1), "sigma: the noise, in standard deviations of each matrix"
     )
-    form: Literal["additive", "multiplicative", "shrink_and_perturb"] = setting(
+    form: Form = setting(
         "additive",
         "W + s std(W) e, W (1 + s e), or (1 - shrink s) W + s std(W) e",
         search=Levels(("additive", "multiplicative", "shrink_and_perturb")),
@@ -58,40 +58,24 @@ class WeightNoise(Ladder[WeightNoiseSettings]):
         self, subject: Subject, data: Domain, seeds: Seeds, realised: Realised, spent: Spent
     ) -> None:
         """Find the matrices."""
-        self._names = list(block_matrices(subject.model, self.settings.scope))
+        self._matrices = block_matrices(subject.model, self.settings.scope)
         self._seed = seeds.initialisation
         self._cosine = 1.0
-        realised.facts |= {"matrices": len(self._names), "cosine": {}, "rounded_away": []}
+        realised.facts |= {"matrices": len(self._matrices), "cosine": {}, "rounded_away": []}
 
     @torch.no_grad()
     def apply(self, subject: Subject, strength: float, realised: Realised) -> int:
         """Add one draw, the same direction at every strength; return how many weights moved."""
         generator = torch.Generator().manual_seed(self._seed)
-        product = meant = applied = 0.0
-        moved = 0
-        for parameter in subject.restoration.writable(self._names):
-            before = parameter.detach().to(torch.float32, copy=True)
-            noise = torch.randn(before.shape, generator=generator).to(before.device)
-            intended = self._change(before, noise, strength)
-            parameter.copy_(before + intended)
-            change = parameter.detach().float() - before
-            product += float((change * intended).sum())
-            meant += float((intended**2).sum())
-            applied += float((change**2).sum())
-            moved += int(change.count_nonzero())
-        self._cosine = product / math.sqrt(meant * applied) if meant and applied else 0.0
+        settings = self.settings
+        subject.restoration.writable(self._matrices)
+        added = add_relative_noise(
+            self._matrices.values(), strength, generator, settings.form, settings.shrink
+        )
+        self._cosine = added.cosine
         if strength:
-            realised.facts["cosine"][f"{strength:g}"] = self._cosine
-        return moved
-
-    def _change(self, weights: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
-        """Return the change that is meant, in fp32; every expert has a spread of its own."""
-        if self.settings.form == "multiplicative":
-            return sigma * weights * noise
-        change = sigma * weights.std(dim=(-2, -1), correction=0, keepdim=True) * noise
-        if self.settings.form == "shrink_and_perturb":
-            change -= min(self.settings.shrink * sigma, 1.0) * weights
-        return change
+            realised.facts["cosine"][f"{strength:g}"] = added.cosine
+        return added.moved
 
     def _audit(self, subject: Subject, realised: Realised, strength: float) -> None:
         """Say so when rounding ate the noise: a subject that shrugs it off never met it."""
