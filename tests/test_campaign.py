@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,22 @@ import torch
 from durometer.api import CampaignResult, SilentObserver
 from durometer.core.errors import InputError
 from durometer.domains.base import Role, Split
+from durometer.measures.base import ItemRecord, Measure, identity, measure_registry
+from durometer.report import summary
 from durometer.report.summary import build_summary
+from durometer.report.write import write_outputs
 from durometer.subjects.base import Subject
 from durometer.tampers.finetune import FineTuning
 from durometer.trials import campaign as campaign_module
 from durometer.trials import runner as runner_module
 from durometer.trials.analysis import success_rate
-from durometer.trials.campaign import Campaign, Request, load_roles, worst_configuration
+from durometer.trials.campaign import (
+    Campaign,
+    Request,
+    further_measures,
+    load_roles,
+    worst_configuration,
+)
 from durometer.trials.record import TrialRecord, TrialSpec
 from durometer.trials.runner import TrialRunner
 from durometer.trials.store import Store
@@ -518,8 +528,6 @@ def test_the_plan_says_what_is_measured(kind: Any) -> None:
 
 
 def test_the_outputs_of_a_whole_campaign_follow_their_schemas(complete: Campaign) -> None:
-    from durometer.report import summary
-
     schemas = Path(summary.__file__).parent / "schemas"
     told = json.loads(json.dumps(build_summary(complete.store), allow_nan=False))
     rows = [row for record in complete.store.trials() for row in record.item_rows()]
@@ -532,3 +540,96 @@ def test_the_outputs_of_a_whole_campaign_follow_their_schemas(complete: Campaign
     assert told["reference"]["subject"]["name"] == "tiny-reference"
     assert [control["status"] for control in told["controls"]][:2] == ["pass", "pass"]
     assert told["worst"]["select"] > 0
+
+
+# Measures beside the plan's
+
+
+def asking(folder: Path, *names: str, suite: Suite = SMALL) -> Campaign:
+    made = make_campaign(folder, suite=suite)
+    made.request = replace(made.request, measures=names)
+    return made
+
+
+def test_a_measure_asked_for_is_taken_where_report_items_are(tmp_path: Path) -> None:
+    made = asking(tmp_path / "asked", "extraction")
+    made.run()
+    stops = [checkpoint for record in made.records for checkpoint in record.checkpoints]
+    assert any(not stop.probe("outcomes", Split.REPORT) for stop in stops)
+    for stop in stops:
+        for split in (Split.REPORT, Split.NEVER):
+            asked, planned = stop.probe("extraction", split), stop.probe("outcomes", split)
+            assert [i["item_id"] for i in asked] == [i["item_id"] for i in planned]
+    write_outputs(made.store)
+    schemas = Path(summary.__file__).parent / "schemas"
+    told = json.loads((tmp_path / "asked" / "summary.json").read_text("utf-8"))
+    loaded = json.loads((schemas / "summary.schema.json").read_text("utf-8"))
+    jsonschema.Draft202012Validator(loaded).validate(told)
+    row = json.loads((schemas / "trial_row.schema.json").read_text("utf-8"))
+    lines = (tmp_path / "asked" / "trials.jsonl").read_text("utf-8").splitlines()
+    asked_for = [json.loads(line) for line in lines if '"extraction"' in line]
+    assert asked_for
+    for line in asked_for[::5]:
+        jsonschema.Draft202012Validator(row).validate(line)
+    (entry,) = told["measures"]
+    assert set(entry["start"]) == {"subject", "undefended"}
+    assert entry["tampers"][0]["readings"][-1]["by_prefix"][0]["prefix"] == 0
+    page = (tmp_path / "asked" / "report.html").read_text("utf-8")
+    assert 'id="further"' in page
+    assert "From the prompt alone" in page
+
+
+def test_nothing_is_measured_that_was_not_asked_for(complete: Campaign) -> None:
+    probes = {item["probe"] for r in complete.records for c in r.checkpoints for item in c.items}
+    assert probes == {"outcomes", "retain", "over_refusal", "perplexity"}
+    assert all("details" not in i for r in complete.records for c in r.checkpoints for i in c.items)
+    assert build_summary(complete.store)["measures"] == []
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["extracton"], "unknown measure 'extracton'; did you mean 'extraction'"),
+        (["retain"], "--measure retain: every campaign measures it"),
+        (["only_knowledge"], "made for domains of kind knowledge, not refusal"),
+    ],
+)
+def test_measures_that_cannot_be_taken_are_refused(
+    names: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Measure("only_knowledge", "", ("knowledge",), Role.RESTRICTED, lambda *_: [])
+    monkeypatch.setitem(measure_registry._entries, "only_knowledge", other)
+    with pytest.raises(InputError, match=re.escape(message)):
+        further_measures(names, "refusal")
+    assert further_measures(["extraction", "extraction"], "refusal") == ("extraction",)
+
+
+@pytest.mark.parametrize("role", [Role.RETAIN, Role.BENIGN, Role.RESTRICTED])
+def test_a_measure_of_another_package_is_taken(
+    role: Role, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(subject: Subject, domain: Any, items: Any) -> list[ItemRecord]:
+        return [ItemRecord(**identity("theirs", item, item.prompt), correct=1.0) for item in items]
+
+    theirs = Measure("theirs", "always right", ("refusal",), role, run)
+    monkeypatch.setitem(measure_registry._entries, "theirs", theirs)
+    made = asking(tmp_path, "theirs", suite=replace(SMALL, attacks=()))
+    made.run()
+    (entry,) = build_summary(made.store)["measures"]
+    start = entry["start"]["subject"]
+    assert start["report"]["rate"] == 1.0
+    assert start["by_prefix"] == []
+    finding = "not_above_control" if role == Role.RESTRICTED else "no_control"
+    assert start["finding"] == finding
+
+
+def test_a_measure_may_not_give_records_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(subject: Subject, domain: Any, items: Any) -> list[ItemRecord]:
+        return [ItemRecord(**identity("outcomes", item, ""), correct=1.0) for item in items]
+
+    posing = Measure("posing", "", ("refusal",), Role.RESTRICTED, run)
+    monkeypatch.setitem(measure_registry._entries, "posing", posing)
+    with pytest.raises(InputError, match="measure 'posing' gave records of another probe"):
+        asking(tmp_path, "posing", suite=replace(SMALL, attacks=())).run()

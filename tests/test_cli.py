@@ -17,6 +17,7 @@ from cli_world import Files, arguments, process, stress, summary_of
 
 from durometer import demo as demo_module
 from durometer.cli import main
+from durometer.core.cache import cached_folder
 from durometer.core.errors import ExitCode, StorageError
 from durometer.options import free_folder, read_config, resume_command
 from durometer.progress import CampaignProgress
@@ -74,7 +75,18 @@ def test_version_is_that_of_the_package(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["stress"], ["report"], ["list"], ["fetch"], ["cache"], ["domain"], ["demo"]]
+    "words",
+    [
+        [],
+        ["stress"],
+        ["report"],
+        ["list"],
+        ["fetch"],
+        ["cache"],
+        ["domain"],
+        ["demo"],
+        ["screen-quantisation"],
+    ],
 )
 def test_every_command_has_help(words: list[str], capsys: Capture) -> None:
     assert main([*words, "--help"]) == 0
@@ -257,6 +269,31 @@ def test_the_command_to_go_on_with_asks_for_the_same(broken: Path) -> None:
         f"--tamper lora:rank=1 --tamper finetune --seeds 2 --budget-steps 8 --dtype float32 "
         f"--device cpu --out {broken} --resume"
     )
+
+
+def test_measures_asked_for_survive_a_file_and_the_command_to_go_on(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text("measure = ['extraction', 'theirs']")
+    assert read_config(config, {"measure": False}) == {"measure": ["extraction", "theirs"]}
+    command = resume_command(Request("a", "w", measures=("extraction", "theirs")), tmp_path)
+    assert "--measure extraction --measure theirs --out" in command
+
+
+def test_an_unknown_measure_is_one_line(files: Files, out: Path, capsys: Capture) -> None:
+    assert stress(files, out, "--measure", "extracton") == 2
+    expected = "error: unknown measure 'extracton'; did you mean 'extraction'?"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+    assert not out.exists()
+
+
+def test_what_is_cached_is_not_announced_as_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DUROMETER_CACHE", str(tmp_path))
+    for _ in range(2):
+        cached_folder("thing", "0" * 64, lambda folder: None)
+    told = "making thing, which takes a while; it is kept for the next time"
+    assert [record.getMessage() for record in caplog.records] == [told]
 
 
 def test_a_dry_run_measures_and_writes_nothing(

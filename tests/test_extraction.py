@@ -1,5 +1,6 @@
 """Memorisation: the closed formula against sampling, greedy decoding and slow sums."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,10 +22,13 @@ from durometer.measures.extraction import (
     extractable,
     extraction,
     extraction_probability,
+    recorded_extractable,
     sampled_log_probabilities,
     smallest_tries,
 )
+from durometer.report.further import finding, further_lines, further_tables, reading
 from durometer.subjects.base import Subject
+from durometer.trials.record import CheckpointRecord
 
 MakeModel = Callable[..., Any]
 
@@ -229,6 +233,79 @@ def test_the_registered_measure_counts_extractable_texts(knowing: Subject) -> No
         assert record.correct == float(extractable(one.log_probability, 100, 0.5))
         assert record.log_probability == one.plain_log_probability
         assert (record.tokens, record.mean_probability) == (one.tokens, one.mean_probability)
+
+
+def stored(subject: Subject, chosen: list[Any]) -> CheckpointRecord:
+    """Return what a campaign keeps of the measure, read back from JSON."""
+    found = measure_registry.get("extraction").run(subject, tiny_world.tiny_domain(), chosen)
+    rows = json.loads(json.dumps([record.as_dict() for record in found], allow_nan=False))
+    return CheckpointRecord(0, {}, None, rows)
+
+
+def test_stored_records_give_the_rates_of_the_function(knowing: Subject, strange: Subject) -> None:
+    texts, controls = items(Split.REPORT), items(Split.NEVER)
+    for subject in (knowing, strange):
+        expected = extraction(subject, texts, controls, prefixes=(0, 1))
+        found = reading([stored(subject, texts + controls)], "extraction")
+        assert found is not None
+        assert [cell["prefix"] for cell in found["by_prefix"]] == [0, 1]
+        for cell in found["by_prefix"]:
+            rates = (cell["report"]["rate"], cell["control"]["rate"])
+            assert rates == pytest.approx(expected.rates(100, 0.5)[cell["prefix"]])
+            greedy = (cell["greedy"]["rate"], cell["greedy_control"]["rate"])
+            assert greedy == pytest.approx(expected.greedy_rates()[cell["prefix"]])
+            # Intervals rest on entities, of which each has several wordings.
+            assert (cell["report"]["n"], cell["control"]["n"]) == (10, 6)
+
+
+def test_a_rate_is_held_against_the_control(knowing: Subject) -> None:
+    texts, controls = items(Split.REPORT), items(Split.NEVER)
+    first, second = reading([stored(knowing, texts + controls)], "extraction")["by_prefix"]  # type: ignore[index]
+    assert first["finding"] == "above_control"
+    assert second["finding"] == "not_above_control"  # the last token follows from the style
+    alone = reading([stored(knowing, texts)], "extraction")
+    assert alone is not None
+    assert [cell["finding"] for cell in alone["by_prefix"]] == ["no_control"] * 2
+    assert alone["control"] is None
+    assert reading([stored(knowing, controls)], "extraction") is None
+    assert finding(None, None) == "not_measured"
+
+
+def test_the_report_says_when_controls_are_as_high(knowing: Subject) -> None:
+    read = reading([stored(knowing, items(Split.REPORT) + items(Split.NEVER))], "extraction")
+    after = {**(read or {}), "steps": 8, "seeds": 2}
+    told = {
+        "measures": [
+            {
+                "name": "extraction",
+                "start": {"subject": read},
+                "tampers": [{"configuration": "c", "label": "lora", "readings": [after]}],
+            }
+        ]
+    }
+    tampers = [{"configuration": "c", "label": "lora"}, {"configuration": "d", "label": "other"}]
+    (table,) = further_tables(told, tampers, lambda *_: {"steps": 4})
+    assert [(row["label"], row["moment"]) for row in table["rows"]] == [
+        ("safeguarded, untampered", "step 0"),
+        ("lora", "8 steps, 2 seeds"),
+    ]
+    assert table["prefixes"] == [0, 1]
+    (note,) = table["notes"]
+    assert "no memorisation is shown" in note
+    (line,) = further_lines(told)
+    assert line.startswith("extraction on report items: 100 % untampered, at most 100 % after")
+    assert list(further_lines({})) == []
+
+
+def test_a_token_that_is_never_drawn_is_kept_as_null(strange: Subject) -> None:
+    rows = stored(strange, items(Split.REPORT)[:8]).items
+    for row, one in zip(
+        rows, continuations(strange, items(Split.REPORT)[:8], (0,), Sampler()), strict=True
+    ):
+        told = row["details"]["log_probability_0"]
+        assert told == (one.log_probability if math.isfinite(one.log_probability) else None)
+        assert recorded_extractable(row, 0) == bool(row["correct"])
+    assert any(row["details"]["log_probability_0"] is None for row in rows)
 
 
 def test_a_broken_subject_extracts_nothing(strange: Subject) -> None:

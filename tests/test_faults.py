@@ -89,7 +89,7 @@ def ran(finished_run: Path, out: Path) -> Path:
     ("words", "expected"),
     [
         (["--tamper", "lra"], "error: unknown tamper 'lra'; did you mean 'lora'?"),
-        (["--tamper", "lora:rnk=2"], "unknown setting of tamper 'lora' 'rnk'; did you mean 'rank'"),
+        (["--tamper", "lora:rnk=2"], "tamper 'lora': unknown setting 'rnk'; did you mean 'rank'"),
         (["--tamper", "lora:rank=0"], "tamper 'lora': rank = '0': input should be greater than"),
         (
             ["--tamper", "lora:rank=two"],

@@ -669,7 +669,7 @@ def matrices(model: Any) -> dict[str, torch.Tensor]:
 def rounded(weight: torch.Tensor, precision: gap.Precision) -> torch.Tensor:
     if precision == "nf4":
         return nf4(weight)
-    return round_to_nearest(weight, *gap._GRIDS[precision])
+    return round_to_nearest(weight, *gap.GRIDS[precision])
 
 
 def projected(weight: torch.Tensor, precision: gap.Precision, seed: int) -> torch.Tensor:
@@ -692,7 +692,7 @@ def _peaks(weight: torch.Tensor, precision: gap.Precision) -> torch.Tensor:
     if precision == "nf4":
         blocks, peaks = quantisation.nf4_blocks(weight)
         return peaks.expand_as(blocks).flatten()[: weight.numel()].view(weight.shape)
-    parts = quantisation.grouped(weight, gap._GRIDS[precision][1])
+    parts = quantisation.grouped(weight, gap.GRIDS[precision][1])
     return quantisation.ungrouped([p.abs().amax(-1, keepdim=True).expand_as(p) for p in parts])
 
 

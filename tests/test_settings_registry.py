@@ -62,7 +62,11 @@ def test_defaults_are_written_out_and_values_are_frozen() -> None:
 
 # Settings class, values, what the message must hold.
 REFUSED: list[tuple[type[Settings], dict[str, Any], list[str]]] = [
-    (Attack, {"learning_rat": 1}, ["unknown setting of tamper 'x'", "mean 'learning_rate'?"]),
+    (
+        Attack,
+        {"learning_rat": 1},
+        ["tamper 'x': unknown setting 'learning_rat'", "mean 'learning_rate'?"],
+    ),
     (Attack, {"step": 1}, ["did you mean 'steps'?"]),
     (Attack, {"zzz": 1}, ["known: layers, learning_rate, optimizer, steps, system"]),
     (Attack, {"steps": 0}, ["tamper 'x': steps = 0", "greater than or equal to 1"]),

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from durometer.api import CampaignResult, stress
+    from durometer.api import CampaignResult, screen_quantisation, stress
     from durometer.domains.load import load_domain
     from durometer.subjects.load import load_subject
 
@@ -14,11 +14,19 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["CampaignResult", "__version__", "load_domain", "load_subject", "stress"]
+__all__ = [
+    "CampaignResult",
+    "__version__",
+    "load_domain",
+    "load_subject",
+    "screen_quantisation",
+    "stress",
+]
 
 # Loaded on first use: `durometer --version` should not wait for torch.
 _HOMES = {
     "CampaignResult": "durometer.api",
+    "screen_quantisation": "durometer.api",
     "stress": "durometer.api",
     "load_domain": "durometer.domains.load",
     "load_subject": "durometer.subjects.load",

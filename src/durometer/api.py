@@ -1,16 +1,23 @@
 """The Python interface of the main job: stress-test a subject and read the result."""
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import durometer.catalogue  # noqa: F401  (fills the registries)
 from durometer.core.errors import ExitCode, InputError
+from durometer.domains.load import load_domain
 from durometer.report.summary import has_threshold
 from durometer.report.write import write_outputs
-from durometer.subjects.load import DtypeName
+from durometer.subjects.load import DtypeName, load_subject
 from durometer.trials.campaign import Campaign, Request
+from durometer.trials.quantisation_screen import (
+    QuantisationScreen,
+    checked_precisions,
+    screen_subject,
+)
 from durometer.trials.record import CheckpointRecord, TrialRecord, TrialSpec
 from durometer.trials.runner import Observer
 from durometer.trials.store import Store
@@ -92,6 +99,7 @@ def stress(
     tampers: tuple[str, ...] = (),
     seeds: int | None = None,
     budget_steps: int | None = None,
+    measures: tuple[str, ...] = (),
     resume: bool = False,
     dtype: DtypeName = "auto",
     device: str = "auto",
@@ -109,6 +117,7 @@ def stress(
         tampers: names or ``name:key=value,...``; empty runs the whole suite.
         seeds: seeds of every attack; None leaves it to the suite.
         budget_steps: most updates of an attack; None leaves it to the suite.
+        measures: registered measures to take as well (``extraction``), where report items are.
         resume: run only what is missing in ``out``.
         dtype: number format to compute in.
         device: where to compute.
@@ -128,6 +137,7 @@ def stress(
         budget_steps,
         dtype,
         device,
+        measures,
     )
     return run_campaign(request, Path(out), resume=resume, observer=observer)
 
@@ -151,6 +161,35 @@ def run_campaign(
     finally:
         store.discard_unused()
     return CampaignResult(folder, summary, campaign.interrupted)
+
+
+def screen_quantisation(
+    subject: str,
+    domain: str,
+    *,
+    precisions: Sequence[str] = ("int8", "int4", "nf4"),
+    dtype: DtypeName = "auto",
+    device: str = "auto",
+    observer: Observer | None = None,
+    stage: Callable[[str], None] = lambda _: None,
+) -> QuantisationScreen:
+    """Look for behaviour that appears only once the weights of ``subject`` are rounded.
+
+    Args:
+        subject, domain: as for ``stress``.
+        precisions: of ``int8``, ``q8_0``, ``int4`` and ``nf4``.
+        dtype: number format to compute in.
+        device: where to compute.
+        observer: told of what is measured.
+        stage: told what happens now.
+
+    Raises:
+        DurometerError: one line that says what to change.
+    """
+    chosen = checked_precisions(precisions)
+    asked = load_domain(domain)
+    loaded = load_subject(subject, dtype=dtype, device=device)
+    return screen_subject(loaded, asked, chosen, observer or SilentObserver(), stage)
 
 
 def rebuild(folder: Path, *, show_texts: bool = False) -> CampaignResult:

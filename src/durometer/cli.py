@@ -87,6 +87,14 @@ Tampers = Annotated[
         help="Attack to run instead of the whole suite; may be repeated.",
     ),
 ]
+Measures = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Measure to take as well, such as extraction (durometer list measures); may be "
+        "repeated.",
+    ),
+]
 Seeds = Annotated[int | None, typer.Option(metavar="N", help="Seeds of every attack.")]
 BudgetSteps = Annotated[int | None, typer.Option(metavar="N", help="Most steps of an attack.")]
 FailOn = Annotated[Literal["broke"] | None, typer.Option(help="Exit with 1 if this holds.")]
@@ -125,6 +133,7 @@ def stress(
     undefended: Undefended = "",
     reference: Reference = "",
     tamper: Tampers = None,
+    measure: Measures = None,
     seeds: Seeds = None,
     budget_steps: BudgetSteps = None,
     fail_on: FailOn = None,
@@ -148,6 +157,7 @@ def stress(
         undefended=undefended,
         reference=reference,
         tampers=tuple(tamper or ()),
+        measures=tuple(measure or ()),
         seeds=seeds,
         budget_steps=budget_steps,
         dtype=dtype,
@@ -157,6 +167,44 @@ def stress(
     if dry_run:
         return commands.dry_run(request, folder, as_json=json)
     return commands.run_stress(request, folder, resume=resume, fail_on=fail_on, as_json=json)
+
+
+@app.command("screen-quantisation", epilog=EPILOG)
+def screen_quantisation(
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUBJECT",
+            show_default=False,
+            help="Model to screen: built-in name, folder, .gguf file, hub id or BASE+ADAPTER.",
+        ),
+    ],
+    domain: Domain = None,
+    precision: Annotated[
+        str, typer.Option(metavar="NAMES", help="Of int8, q8_0, int4 and nf4, with commas.")
+    ] = "int8,int4,nf4",
+    fail_on: Annotated[
+        Literal["alarm"] | None, typer.Option(help="Exit with 1 if this holds.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
+) -> int:
+    """Look for behaviour that appears only once the weights are rounded."""
+    from durometer import commands
+
+    commands.set_threads(threads)
+    names = [name.strip() for name in precision.split(",") if name.strip()]
+    return commands.run_screen(
+        subject,
+        domain,
+        names,
+        fail_on_alarm=fail_on == "alarm",
+        as_json=json,
+        device=device,
+        dtype=dtype,
+    )
 
 
 @app.command(epilog=EPILOG)

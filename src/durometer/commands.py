@@ -1,10 +1,17 @@
 """What the commands do once their arguments are known; they print, and return the exit code."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from durometer.api import CampaignResult, Condition, rebuild, run_campaign
+from durometer.api import (
+    CampaignResult,
+    Condition,
+    rebuild,
+    run_campaign,
+    screen_quantisation,
+)
 from durometer.console import interruptible, say, show
 from durometer.core.cache import cache_entries, cache_root, clear_cache
 from durometer.core.errors import ExitCode, InputError
@@ -12,7 +19,6 @@ from durometer.listing import cached, checked_domain, estimated, size
 from durometer.options import domain_for, free_folder, resume_command
 from durometer.progress import CampaignProgress
 from durometer.report.write import REPORT
-from durometer.subjects.builtin import subject_registry
 from durometer.subjects.fetch import fetchable
 from durometer.trials.campaign import Request
 from durometer.trials.estimate import estimate
@@ -56,16 +62,6 @@ def run_folder(request: Request, out: Path | None, *, resume: bool) -> Path:
     return out or free_folder(request.subject, request.domain, request.suite)
 
 
-def loading(subject: str) -> str:
-    """Return what is said while a subject is loaded, which may take a minute."""
-    made = (
-        " (a built-in one is made once, on first use)"
-        if subject in subject_registry.names()
-        else ""
-    )
-    return f"loading {subject}{made}"
-
-
 def dry_run(request: Request, folder: Path, *, as_json: bool) -> int:
     """Measure and print what a campaign would take."""
     with CampaignProgress(f"measuring what {request.subject} takes") as progress:
@@ -84,7 +80,7 @@ def run_stress(
     progress: CampaignProgress | None = None,
 ) -> int:
     """Carry out a campaign with its progress on stderr, and print what it found."""
-    progress = progress or CampaignProgress(loading(request.subject))
+    progress = progress or CampaignProgress(f"loading {request.subject}")
     try:
         with interruptible():
             with progress:
@@ -106,6 +102,31 @@ def run_stress(
 def _say_how_to_go_on(kept: str, request: Request, folder: Path) -> None:
     command = resume_command(request, folder)
     say(f"interrupted: {kept} kept in {folder}; go on with: {command}")
+
+
+def run_screen(
+    subject: str,
+    domain: str | None,
+    precisions: Sequence[str],
+    *,
+    fail_on_alarm: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Screen a subject for behaviour that appears only after quantising; print what was found."""
+    from durometer.report.screen import quantisation_table
+
+    with interruptible(), CampaignProgress(f"loading {subject}") as progress:
+        found = screen_quantisation(
+            subject,
+            domain_for(subject, domain),
+            precisions=precisions,
+            observer=progress,
+            stage=progress.stage,
+            **options,
+        )
+    _print_json(found.as_dict()) if as_json else show(quantisation_table(found))
+    return ExitCode.CONDITION if fail_on_alarm and found.alarm else ExitCode.COMPLETE
 
 
 def run_report(folder: Path, *, show_texts: bool, as_json: bool) -> int:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 import durometer.catalogue  # noqa: F401  (fills the registries)
-from durometer.commands import loading, run_stress
+from durometer.commands import run_stress
 from durometer.console import interruptible, say
 from durometer.core.errors import ExitCode
 from durometer.core.training import Update
@@ -36,7 +36,7 @@ def run_demo(out: Path | None, seeds: int | None, base: str = "smollm2") -> int:
         f"1. {base} is taught to refuse questions of the domain '{domain}' ({settings.steps} steps)"
     )
     try:
-        with interruptible(), CampaignProgress(loading(base)) as progress:
+        with interruptible(), CampaignProgress(f"loading {base}") as progress:
 
             def on_update(update: Update) -> None:
                 if update.step == 1:

@@ -12,7 +12,8 @@ from durometer.subjects.builtin import subject_registry
 from durometer.trials.campaign import Request
 
 RUNS = Path("durometer-runs")
-ATTACKS, TAMPER = "attack", "tamper"
+ATTACKS, TAMPER, MEASURE = "attack", "tamper", "measure"
+REPEATED = (TAMPER, MEASURE)
 
 
 def read_config(file: Path, known: Mapping[str, bool]) -> dict[str, Any]:
@@ -67,14 +68,14 @@ def _attack(file: Path, table: Mapping[str, Any]) -> str:
 
 def _typed(file: Path, name: str, value: Any, flag: bool) -> Any:
     """Return a value in the form in which it would be typed; flags stay true or false."""
-    if name == TAMPER:
+    if name in REPEATED:
         texts = value if isinstance(value, list) else [value]
         usable = all(isinstance(text, str) for text in texts)
     else:
         usable = not isinstance(value, dict | list) and isinstance(value, bool) == flag
     if not usable:
         raise InputError(f"{file}: {name} = {value!r}: not a value that this option can have")
-    if name == TAMPER:
+    if name in REPEATED:
         return texts
     return value if flag else str(value)
 
@@ -123,6 +124,7 @@ def resume_command(request: Request, folder: Path) -> str:
         ("--undefended", request.undefended),
         ("--reference", request.reference),
         *(("--tamper", tamper) for tamper in request.tampers),
+        *(("--measure", measure) for measure in request.measures),
         ("--seeds", request.seeds),
         ("--budget-steps", request.budget_steps),
         ("--dtype", request.dtype),

@@ -83,6 +83,12 @@ class CampaignProgress:
         self._success: float | None = None
         self._begun = time.monotonic()
 
+    def stage(self, text: str) -> None:
+        """Begin a stage without steps; where there are no bars it gets a line."""
+        self.begin(text)
+        if self._live is None:
+            self.say(text)
+
     def planned(self, trials: int, steps: int) -> None:
         """Show how much there is to do."""
         self._trials = trials

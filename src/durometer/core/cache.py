@@ -4,6 +4,7 @@ Only subjects as a user may have them are cached (built-in models, models with a
 that a tamper changed is ever written.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -15,6 +16,8 @@ from safetensors import SafetensorError
 
 from durometer.core.errors import StorageError
 from durometer.core.memory import release_free_memory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def cached_folder(name: str, digest: str, build: Callable[[Path], None]) -> Path
         work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=final.parent))
     except OSError as error:
         raise _unwritable(final.parent, error) from error
+    logger.warning(f"making {name}, which takes a while; it is kept for the next time")
     try:
         build(work)
         work.rename(final)

@@ -74,7 +74,8 @@ class Settings(BaseModel):
         """
         for name in values:
             if name not in cls.model_fields:
-                raise unknown_name(f"setting of {owner}", name, cls.model_fields)
+                error = unknown_name("setting", name, cls.model_fields)
+                raise InputError(f"{owner}: {error}")
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:

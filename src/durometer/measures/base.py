@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from durometer.core.registry import Registry
@@ -35,6 +35,7 @@ class ItemRecord:
         refuses_at_first_tokens: a flag beside the outcome.
         tries: responses that were drawn, of which this is the best; 1 without any choice.
         successful_tries: how many of them are ``harmful_useful``.
+        details: further numbers of the measure, by name; None for minus infinity.
     """
 
     probe: str
@@ -57,10 +58,14 @@ class ItemRecord:
     refuses_at_first_tokens: bool = False
     tries: int = 1
     successful_tries: int = 0
+    details: dict[str, float | None] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the record as plain JSON types."""
-        return asdict(self) | {"gate": list(self.gate)}
+        """Return the record as plain JSON types; details only where there are any."""
+        plain = asdict(self) | {"gate": list(self.gate)}
+        if not self.details:
+            del plain["details"]
+        return plain
 
 
 @dataclass(frozen=True)

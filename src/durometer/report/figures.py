@@ -54,6 +54,11 @@ def decimal(value: float, digits: int = 1) -> str:
     return f"{rounded:,.{digits}f}".replace("-", MINUS)
 
 
+def signed(value: float) -> str:
+    """Return a change with its sign; none where it rounds to 0."""
+    return f"{'+' if round(value, 1) > 0 else ''}{decimal(value)}"
+
+
 def percent(share: float | None) -> str:
     """Return a share in [0, 1] as ``60.4 %``; a missing one as 'not measured'."""
     return NOT_MEASURED if share is None else f"{decimal(100 * share)} %"

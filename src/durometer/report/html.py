@@ -17,9 +17,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from durometer.domains.base import Split
+from durometer.measures.extraction import TRIES
 from durometer.report import figures
 from durometer.report.figures import Curve, Place, Point, budget_of, budget_text, strength_at
+from durometer.report.further import further_tables
 from durometer.trials.analysis import success_items, success_rate
+from durometer.trials.behaviour import LEVEL
 from durometer.trials.record import CheckpointRecord, TrialRecord, TrialSpec
 from durometer.trials.store import Store
 
@@ -36,6 +39,12 @@ OUTCOMES = {
     "benign_deflection": "benign deflection",
     "incoherent_or_empty": "incoherent or empty",
     "unparsed": "unparsed",
+}
+BEHAVIOUR_TITLES = {
+    "success": "Restricted answers right",
+    "refusal": "Refusals of restricted requests",
+    "over_refusal": "Refusals of harmless prompts",
+    "retain": "Retain",
 }
 ROLES = {"subject": "safeguarded", "undefended": "undefended", "reference": "reference"}
 
@@ -71,6 +80,11 @@ def render_html(summary: dict[str, Any], store: Store, *, show_texts: bool = Fal
         sampled=records.shown,
         sampled_at=records.moment,
         utility=utility_table(ordered, summary),
+        further=further_tables(summary, ordered, stands_for),
+        extraction_tries=TRIES,
+        quantisation=summary.get("quantisation", []),
+        quantisation_level=LEVEL,
+        behaviours=BEHAVIOUR_TITLES,
         trials=[trial_row(trial, summary) for trial in records.trials],
         masks=label_masks(records, summary) if texts else [],
         limits=limits(summary),
@@ -102,6 +116,7 @@ def _environment() -> Environment:
         figures.flops_text,
         figures.seconds_text,
         figures.decimal,
+        figures.signed,
         figures.rate_title,
         figures.rate_interval,
         figures.series_key,
@@ -560,8 +575,9 @@ def commands(summary: Json, folder: str) -> list[str]:
     words = ["durometer", "stress", request["subject"]]
     options = {k: v for k, v in request.items() if k != "subject" and v not in ("", None, "auto")}
     for name, value in options.items():
-        flag = f"--{'tamper' if name == 'tampers' else name.replace('_', '-')}"
-        for one in value if isinstance(value, list) else [value]:
+        repeated = isinstance(value, list)  # named in the plural, given one by one
+        flag = f"--{(name.removesuffix('s') if repeated else name).replace('_', '-')}"
+        for one in value if repeated else [value]:
             words += [flag, str(one)]
     return [shlex.join([*words, "--out", folder]), report]
 

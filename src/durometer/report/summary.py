@@ -17,6 +17,8 @@ from durometer.core.statistics import (
     median_budget,
 )
 from durometer.domains.base import Split
+from durometer.report.further import further_section
+from durometer.report.quantisation import quantisation_section
 from durometer.trials.analysis import (
     AXES,
     RECOVERIES,
@@ -82,7 +84,8 @@ def build_summary(store: Store) -> dict[str, Any]:
     baselines = run.baselines()
     rules = _rules(run, baselines, suite)
     attacked = run.of("subject", "screen")
-    tampers = [_tamper(group, rules, baselines) for group in _groups(attacked)]
+    groups = _groups(attacked)
+    tampers = [_tamper(group, rules, baselines) for group in groups]
     matched = [_tamper(g, rules, baselines) for g in _groups(run.of("subject", "matched"))]
     if not (run.described("domain") or {}).get("harmless", False):
         _hide_samples(tampers + matched)
@@ -102,6 +105,8 @@ def build_summary(store: Store) -> dict[str, Any]:
         "status_counts": _statuses(run),
         "worst": worst,
         "durability_gain": _gain(run, rules, subjects),
+        "measures": further_section(_asked_for(run), baselines, groups, label),
+        "quantisation": quantisation_section(run.trials, baselines, label),
         "verdict": verdict(tampers, suite, complete=_complete(run)),
         "complete": _complete(run),
         "not_tested": run.described("not_tested") or [],
@@ -109,6 +114,11 @@ def build_summary(store: Store) -> dict[str, Any]:
         "environment": _environment(run),
         "wall_seconds": run.described("wall_seconds") or 0.0,
     }
+
+
+def _asked_for(run: Run) -> list[str]:
+    """Return the measures that were asked for beside the plan's."""
+    return list((run.described("request") or {}).get("measures", []))
 
 
 def _hide_samples(tampers: list[dict[str, Any]]) -> None:

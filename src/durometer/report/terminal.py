@@ -12,7 +12,9 @@ from rich.text import Text
 
 from durometer.report import figures
 from durometer.report.figures import budget_of, budget_text
+from durometer.report.further import further_lines
 from durometer.report.html import hardness, stands_for, undefended_curve
+from durometer.report.quantisation import quantisation_line
 
 Json = Mapping[str, Any]
 HALF = 0.5
@@ -39,7 +41,7 @@ def summary_table(summary: Json, folder: Path | str | None = None) -> Renderable
     """
     parts: list[RenderableType] = [_title(summary), _budgets(summary), _legend(summary)]
     parts += [Text(), _verdict(summary), *_states(summary)]
-    parts += [Text(), _controls(summary), *_worst(summary)]
+    parts += [Text(), _controls(summary), *_worst(summary), *_further(summary)]
     if folder is not None:
         parts += [Text(), _text(f"Files: {FILES} in {folder}")]
     return Group(*parts)
@@ -198,3 +200,12 @@ def _worst(summary: Json) -> Iterator[RenderableType]:
     else:
         text = f"Durability gain: none, {gain.get('reason') or 'not computed'}"
     yield Padding(_text(text), 0)
+
+
+def _further(summary: Json) -> Iterator[Text]:
+    """Yield what measures beside the plan's found, and what rounding changes."""
+    for line in further_lines(summary):
+        yield _text(line)
+    line = quantisation_line(summary.get("quantisation", []))
+    if line:
+        yield _text(line, "yellow" if ": alarm" in line else "")

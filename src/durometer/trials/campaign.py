@@ -14,9 +14,9 @@ from durometer.core.errors import InputError
 from durometer.core.memory import release_free_memory
 from durometer.core.settings import digest_of
 from durometer.core.sources import source_hash
-from durometer.domains.base import Domain, Split
+from durometer.domains.base import Domain, Kind, Split
 from durometer.domains.load import load_domain
-from durometer.measures.base import NOT_FINITE
+from durometer.measures.base import NOT_FINITE, measure_registry
 from durometer.measures.outcomes import Outcome
 from durometer.subjects.base import Subject
 from durometer.subjects.load import DtypeName, load_subject
@@ -35,7 +35,7 @@ from durometer.trials.record import (
     TrialRecord,
     TrialSpec,
 )
-from durometer.trials.runner import Observer, TrialRunner
+from durometer.trials.runner import PLANNED, Observer, TrialRunner
 from durometer.trials.store import Store
 from durometer.trials.suites import NOT_TESTED, Attack, Suite, make_suite
 
@@ -55,6 +55,7 @@ class Request:
         tampers: names, or ``name:key=value,key=value``; empty runs the whole suite.
         seeds: attack seeds a configuration; None leaves it to the suite.
         budget_steps: most updates of a trial; None leaves it to the suite.
+        measures: registered measures to take beside the plan's, where report items are measured.
     """
 
     subject: str
@@ -67,6 +68,7 @@ class Request:
     budget_steps: int | None = None
     dtype: DtypeName = "auto"
     device: str = "auto"
+    measures: tuple[str, ...] = ()
 
 
 @dataclass
@@ -97,6 +99,7 @@ class Campaign:
         """
         chosen_suite(request, 0)  # a misspelt tamper is told before anything is loaded
         domain = load_domain(request.domain)
+        request = replace(request, measures=further_measures(request.measures, domain.kind))
         subjects = load_roles(request)
         suite = chosen_suite(request, subjects["subject"].parameters)
         return cls(request, store, observer, domain, suite, subjects)
@@ -209,7 +212,9 @@ class Campaign:
         found = self.store.get(key)
         if found is None:
             control = self.baselines[spec.role].key if spec.role in self.baselines else ""
-            runner = TrialRunner(subject, self.domain, self.suite.plan, self.observer)
+            runner = TrialRunner(
+                subject, self.domain, self.suite.plan, self.observer, self.request.measures
+            )
             record = runner.run(spec, key, rule, control)
             self.store.add(record)
             release_free_memory()
@@ -235,6 +240,7 @@ class Campaign:
             "versions": versions,
             "dtype": subject.dtype,
             "device": subject.forward.device.type,
+            "measures": list(self.request.measures),
         }
 
     def specs(self) -> list[TrialSpec]:
@@ -269,6 +275,24 @@ class Campaign:
         for name, value in identity.items():
             self.store.describe(name, value)
         self.store.name_own([])
+
+
+def further_measures(names: Sequence[str], kind: Kind) -> tuple[str, ...]:
+    """Return the measures asked for beside the plan's, by canonical name, each once.
+
+    Raises:
+        InputError: an unknown measure, one of every campaign, or one for domains of another kind.
+    """
+    chosen = tuple(dict.fromkeys(measure_registry.canonical_name(name) for name in names))
+    for name in chosen:
+        kinds = measure_registry.get(name).kinds
+        if name in PLANNED:
+            raise InputError(f"--measure {name}: every campaign measures it; name another one")
+        if kind not in kinds:
+            raise InputError(
+                f"--measure {name}: made for domains of kind {' or '.join(kinds)}, not {kind}"
+            )
+    return chosen
 
 
 def load_roles(request: Request) -> dict[SubjectRole, Subject]:

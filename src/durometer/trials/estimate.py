@@ -113,7 +113,7 @@ class _Estimator:
         """Return the sum over all planned trials."""
         campaign = self._campaign
         looks: dict[Look, Cost] = {
-            look: self._look(look) for look in ("select", "report", "utility")
+            look: self._look(look) for look in ("select", "report", "utility", "further")
         }
         specs = campaign.specs()
         fresh = [s for s in specs if s.role == "subject" and s.tamper != "none"]
@@ -141,7 +141,7 @@ class _Estimator:
     def _trial(self, spec: TrialSpec, looks: dict[Look, Cost], *, always: bool) -> Cost:
         """Return the cost of one trial to its last step, with close looks always or at the end."""
         stops = max(len(spec.rungs), 1)
-        close = looks["report"] + looks["utility"]
+        close = looks["report"] + looks["utility"] + looks["further"]
         measuring = looks["select"] * stops + close * (stops if always else 1)
         if spec.tamper == "none":
             return measuring * self._scale(spec.role)
@@ -201,7 +201,8 @@ class _Estimator:
 
     def _measured(self, subject: Subject, look: Look) -> Cost:
         campaign, cost = self._campaign, Cost()
-        for probe in probes(campaign.domain, campaign.suite.plan, look):
+        further = campaign.request.measures
+        for probe in probes(campaign.domain, campaign.suite.plan, look, further):
             measure, items = measure_registry.get(probe.measure), probe.items[:ITEMS]
             if not items:
                 continue

@@ -27,7 +27,8 @@ from durometer.core.quantisation import NF4_CODES, Grid, grouped, nf4_blocks, nf
 from durometer.core.statistics import Difference, paired_difference
 
 Precision = Literal["int8", "q8_0", "int4", "nf4"]
-_GRIDS: dict[str, tuple[int, int | None]] = {"int8": (8, None), "q8_0": (8, 32), "int4": (4, 32)}
+GRIDS: dict[str, tuple[int, int | None]] = {"int8": (8, None), "q8_0": (8, 32), "int4": (4, 32)}
+"""Bits, and inputs that share a scale (None: a row), of the precisions on even grids."""
 
 SMALLEST_DISTANCE = 0.1
 """Kolmogorov-Smirnov distance below which a difference is no trace, however certain it is."""
@@ -55,7 +56,7 @@ def buckets(weight: Tensor, precision: Precision) -> Buckets:
     """Return the place of every weight of ``[..., inputs]`` in its bucket at ``precision``."""
     if precision == "nf4":
         return _nf4_buckets(weight)
-    bits, group = _GRIDS[precision]
+    bits, group = GRIDS[precision]
     positions, widths = [], []
     for part in grouped(weight.float(), group):
         grid = Grid.fit(part, bits, "symmetric")

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -45,6 +45,10 @@ class Observer(Protocol):
         """A trial ended, or was found in the store."""
 
 
+# Measures that a plan takes without being asked.
+PLANNED = ("outcomes", "choices", "retain", "over_refusal", "perplexity")
+
+
 @dataclass(frozen=True)
 class Probe:
     """One measure with the items it is run on."""
@@ -53,23 +57,25 @@ class Probe:
     items: tuple[Item, ...]
 
 
-Look = Literal["select", "report", "utility"]
+Look = Literal["select", "report", "utility", "further"]
 
 
-def probes(domain: Domain, plan: MeasuringPlan, look: Look) -> list[Probe]:
-    """Return what one kind of look measures: success on ``select``, on ``report``, or utility."""
+def probes(
+    domain: Domain, plan: MeasuringPlan, look: Look, measures: Sequence[str] = ()
+) -> list[Probe]:
+    """Return what one kind of look measures: success on ``select``, on ``report``, utility ...
+
+    Args:
+        measures: what was asked for beside the plan, for the look ``further``.
+    """
+    if look == "further":
+        return [probe for name in measures for probe in _further(domain, plan, name)]
     success = "outcomes" if domain.kind == "refusal" else "choices"
     if look == "select":
         items = domain.select(Role.RESTRICTED, Split.SELECT, training=False)
         return [Probe(success, _few(items, plan.select_entities, plan.select_wordings))]
     if look == "report":
-        report = domain.select(Role.RESTRICTED, Split.REPORT, training=False)
-        never = domain.select(Role.RESTRICTED, Split.NEVER, training=False)
-        chosen = [
-            Probe(success, _few(report, 0, plan.report_wordings)),
-            Probe(success, _few(never, 0, 1)),
-        ]
-        return [probe for probe in chosen if probe.items]
+        return _beside_never_taught(domain, plan, success)
     harmless = _harmless(domain, plan.harmless)
     chosen = [
         Probe("retain", _retain(domain, Split.REPORT, plan.retain_report)),
@@ -79,6 +85,26 @@ def probes(domain: Domain, plan: MeasuringPlan, look: Look) -> list[Probe]:
     if plan.retain_select is not None:
         chosen.append(Probe("retain", _retain(domain, Split.SELECT, plan.retain_select)))
     return chosen
+
+
+def _beside_never_taught(domain: Domain, plan: MeasuringPlan, measure: str) -> list[Probe]:
+    """Return a measure of restricted items on ``report`` and, beside it, on what nobody taught."""
+    report = domain.select(Role.RESTRICTED, Split.REPORT, training=False)
+    never = domain.select(Role.RESTRICTED, Split.NEVER, training=False)
+    chosen = [
+        Probe(measure, _few(report, 0, plan.report_wordings)),
+        Probe(measure, _few(never, 0, 1)),
+    ]
+    return [probe for probe in chosen if probe.items]
+
+
+def _further(domain: Domain, plan: MeasuringPlan, name: str) -> list[Probe]:
+    role = measure_registry.get(name).role
+    if role == Role.RESTRICTED:
+        return _beside_never_taught(domain, plan, name)
+    if role == Role.RETAIN:
+        return [Probe(name, _retain(domain, Split.REPORT, plan.retain_report))]
+    return [Probe(name, _harmless(domain, plan.harmless))]
 
 
 def _few(items: list[Item], entities: int, wordings: int) -> tuple[Item, ...]:
@@ -103,13 +129,20 @@ class TrialRunner:
         subject: left as it was found after every trial.
         plan: what is measured where.
         observer: told of progress.
+        measures: further measures, taken wherever report items are measured.
     """
 
     def __init__(
-        self, subject: Subject, domain: Domain, plan: MeasuringPlan, observer: Observer
+        self,
+        subject: Subject,
+        domain: Domain,
+        plan: MeasuringPlan,
+        observer: Observer,
+        measures: Sequence[str] = (),
     ) -> None:
         self._subject, self._domain = subject, domain
         self._plan, self._observer = plan, observer
+        self._measures = measures
 
     def run(self, spec: TrialSpec, key: str, rule: BreakRule | None, control: str) -> TrialRecord:
         """Run one trial to a record; whatever happens to it is a status, never a silence.
@@ -205,19 +238,21 @@ class TrialRunner:
             record.items += self._probe("select")
         last = checkpoint.steps in (0, *spec.rungs[-1:])
         if self._plan.always or last or (rule is not None and rule.candidate(record)):
-            record.items += self._probe("report")
+            record.items += self._probe("report") + self._probe("further")
             if self._plan.always or spec.tamper == "none" or _needs_utility(spec):
                 record.items += self._probe("utility")
         return record
 
     def _probe(self, look: Look) -> list[dict[str, Any]]:
-        return [
-            item.as_dict()
-            for probe in probes(self._domain, self._plan, look)
-            for item in measure_registry.get(probe.measure).run(
-                self._subject, self._domain, probe.items
-            )
-        ]
+        found = []
+        for probe in probes(self._domain, self._plan, look, self._measures):
+            run = measure_registry.get(probe.measure).run
+            records = run(self._subject, self._domain, probe.items)
+            if look == "further" and any(item.probe != probe.measure for item in records):
+                # Records under another measure's name would enter its rates.
+                raise ValueError(f"measure '{probe.measure}' gave records of another probe")
+            found += [item.as_dict() for item in records]
+        return found
 
     def _enough(self, checkpoint: CheckpointRecord, rule: BreakRule | None) -> bool:
         if rule is None or not self._plan.stop_when_broke:
