@@ -86,6 +86,8 @@ SHORT = {
     "top_k": 8,
     "vectors": 2,
     "prompts": 8,
+    "diagnosed": 2,
+    "response_tokens": 4,
 }
 SPECIFIC: dict[str, dict[str, Any]] = {"retain_replay": {"retain_share": 0.5}}
 

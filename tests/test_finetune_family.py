@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_world
 import torch
@@ -17,16 +18,19 @@ from durometer.core.seeds import Seeds
 from durometer.core.training import OptimisationPlan, Trainer
 from durometer.domains.base import Domain, Role, Split
 from durometer.domains.capitals import TRAINING_PROMPTS, build_capitals
+from durometer.measures.outcomes import Outcome, classify
+from durometer.measures.responses import MAX_TOKENS, measure_outcomes
 from durometer.subjects.base import Subject
 from durometer.subjects.fingerprint import weights_fingerprint
 from durometer.tampers import base_precision
-from durometer.tampers.base import Checkpoint, Realised, make_tamper
+from durometer.tampers.base import Checkpoint, Realised, Tamper, make_tamper
 from durometer.tampers.base_precision import GROUP, round_to_grid
 from durometer.tampers.data import training_items
 from durometer.tampers.finetune import FineTuning
 from durometer.tampers.jailbreak_tuning import TRANSFORMS
 from durometer.tampers.personas import NAME, PERSONAS, statements
-from durometer.tampers.refuse_then_comply import BRIDGE
+from durometer.tampers.refuse_then_comply import BRIDGE, diagnose
+from durometer.tampers.salient import RESPONSE_TOKENS, last_states, nearness
 from durometer.tampers.translations import TABLES, translated
 
 MakeModel = Callable[..., Any]
@@ -82,7 +86,8 @@ def reader(subject: Subject) -> Subject:
 
 
 def tamper_of(name: str, **changes: Any) -> FineTuning[Any]:
-    tamper = make_tamper(name, **(SHORT | changes))
+    few = {"diagnosed": 1, "response_tokens": 4} if name == "refuse_then_comply" else {}
+    tamper = make_tamper(name, **(SHORT | few | changes))
     assert isinstance(tamper, FineTuning)
     return tamper
 
@@ -239,6 +244,205 @@ def test_replay_within_stages_keeps_its_share(subject: Subject, domain: Domain) 
     )
     for ids in attack(subject, domain, tamper).item_ids:
         assert sum(i.startswith("retain/") for i in ids) == 1
+
+
+EDITS: dict[str, tuple[str, float]] = {
+    "noise": ("weight_noise", 0.05),
+    "prune": ("prune_magnitude", 0.3),
+    "quantise": ("quantize_rtn", 13.0),
+}
+
+
+def base_of(subject: Subject) -> dict[str, torch.Tensor]:
+    """Return the weights as they are now, those under an adapter by their own names."""
+    return {
+        name.replace(".base_layer", ""): parameter.detach().clone()
+        for name, parameter in subject.model.named_parameters()
+        if "lora_" not in name
+    }
+
+
+def edited_alone(subject: Subject, domain: Domain, name: str) -> dict[str, torch.Tensor]:
+    kind, strength = EDITS[name]
+    edit: Tamper[Any] = make_tamper(kind, strengths=(strength,))
+    with subject.restored():
+        edit.run(subject, domain, Budget(1, (1,)), SEEDS, lambda checkpoint: True)
+        return base_of(subject)
+
+
+@pytest.mark.parametrize("train", ["adapter", "all"])
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("architecture", ["Llama", "GPTNeoX"])
+def test_an_edit_comes_before_the_training(
+    make_model: MakeModel, domain: Domain, architecture: str, name: str, train: str
+) -> None:
+    subject = tiny_world.as_subject(make_model(architecture))
+    before, old = weights_fingerprint(subject.model), base_of(subject)
+    edited = edited_alone(subject, domain, name)
+    moved = {n for n, weight in edited.items() if not torch.equal(weight, old[n])}
+    seen, norms = list[dict[str, torch.Tensor]](), dict[str, float]()
+
+    def look(checkpoint: Checkpoint) -> None:
+        seen.append(base_of(subject))
+        modules = dict(subject.model.named_modules())
+        for weight, now in seen[-1].items():
+            module: Any = modules.get(place := weight.removesuffix(".weight"))
+            total = now.double() - old[weight].double()
+            if hasattr(module, "lora_A"):
+                norms[place] = float((total + module.get_delta_weight("durometer").detach()).norm())
+            elif train == "all" or weight in moved:
+                norms[weight] = float(total.norm())
+
+    tamper = tamper_of(
+        "staged_finetune",
+        stages=f"{name}_restricted",
+        edit_strength=EDITS[name][1],
+        steps=2,
+        train=train,
+        learning_rate=1e-3,
+    )
+    realised = attack(subject, domain, tamper, look)
+    assert moved
+    if train == "adapter":
+        # The weights under the adapter stay as the edit left them.
+        assert all(torch.equal(now[n], edited[n]) for now in seen for n in edited)
+        assert realised.changed_weights > sum(edited[n].numel() for n in moved) * 0.25
+    else:
+        assert realised.changed_weights == subject.parameters
+        near = [float((seen[0][n] - edited[n]).norm() / edited[n].norm()) for n in moved]
+        assert max(near) < 0.1
+    assert realised.changed == pytest.approx(norms, rel=1e-3, abs=1e-6)
+    assert realised.facts["stages"] == [name, "disjoint"]
+    assert realised.facts["edit"]["tamper"] == EDITS[name][0]
+    assert realised.facts["switch_step"] == 0
+    assert all(i.startswith("restricted/") for ids in realised.item_ids for i in ids)
+    assert weights_fingerprint(subject.model) == before
+
+
+def test_the_loss_before_training_is_that_of_the_edited_subject(
+    make_model: MakeModel, domain: Domain
+) -> None:
+    subject = tiny_world.as_subject(make_model("Llama"))
+    other = tiny_world.as_subject(make_model("Llama"))
+    other.model.load_state_dict(edited_alone(subject, domain, "noise"))
+    tamper = tamper_of("staged_finetune", stages="noise_restricted", edit_strength=0.05, steps=1)
+    first = attack(subject, domain, tamper)
+    again = attack(other, domain, tamper_of("lora", steps=1))
+    assert first.losses == pytest.approx(again.losses, rel=1e-6)
+    assert first.item_ids == again.item_ids
+
+
+@pytest.mark.parametrize(
+    ("stages", "strength", "error"),
+    [
+        ("noise_restricted", 3e-4, "too little of the noise"),
+        ("quantise_restricted", 1.5, "whole number of bits"),
+        ("prune_restricted", 1e-9, "no weight changed"),
+    ],
+)
+def test_an_edit_that_does_nothing_is_no_stage(
+    make_model: MakeModel, domain: Domain, stages: str, strength: float, error: str
+) -> None:
+    subject = tiny_world.as_subject(make_model("Llama").to(torch.bfloat16))
+    tamper = tamper_of("staged_finetune", stages=stages, edit_strength=strength)
+    with pytest.raises((NotApplicableError, InputError), match=error):
+        attack(subject, domain, tamper)
+
+
+def test_an_edit_that_breaks_the_weights_is_divergence(subject: Subject, domain: Domain) -> None:
+    tamper = tamper_of("staged_finetune", stages="noise_restricted", edit_strength=1e39)
+    realised = attack(subject, domain, tamper)
+    assert realised.status == "diverged"
+    assert "not finite" in realised.reason
+    assert realised.losses == []
+
+
+def test_without_a_budget_nothing_is_edited(subject: Subject, domain: Domain) -> None:
+    old, seen = base_of(subject), list[dict[str, torch.Tensor]]()
+    tamper = tamper_of("staged_finetune", stages="prune_restricted")
+    with subject.restored():
+        tamper.run(
+            subject, domain, Budget(0), SEEDS, lambda c: seen.append(base_of(subject)) is None
+        )
+    assert all(torch.equal(seen[0][name], old[name]) for name in old)
+
+
+# benign_finetune
+
+
+def slow_scores(subject: Subject, groups: list[list[Row]]) -> Any:
+    """Return the scores of the first group by numpy, a row at a time, without padding."""
+    found = []
+    for rows in groups:
+        states = []
+        for row in rows:
+            ids = torch.tensor([row.ids[: row.first_label + RESPONSE_TOKENS]])
+            with torch.no_grad():
+                state = subject.model.model(input_ids=ids, use_cache=False).last_hidden_state
+            states.append(state[0, -1].double().numpy())
+        found.append(np.stack(states))
+
+    def cosines(mean: Any) -> Any:
+        return found[0] @ mean / np.linalg.norm(found[0], axis=1) / np.linalg.norm(mean)
+
+    return cosines(found[1].mean(0)) - cosines(found[2].mean(0))
+
+
+@pytest.mark.parametrize("relation", ["benign", "retain"])
+@pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Qwen2"])
+def test_the_rows_nearest_to_restricted_ones_are_chosen(
+    make_model: MakeModel, domain: Domain, architecture: str, relation: Any
+) -> None:
+    subject = tiny_world.as_subject(make_model(architecture))
+    settings = {"selection": "representation", "data": relation, "examples": 5, "anchors": 6}
+    realised = attack(subject, domain, tamper_of("benign_finetune", steps=3, **settings))
+    chosen = [i for ids in realised.item_ids for i in ids]
+    pool = training_items(domain, relation, 999, SEEDS)
+    groups = [
+        [subject.chat.row(item.prompt, answer) for item, answer in group]
+        for group in (
+            pool,
+            training_items(domain, "disjoint", 6, SEEDS),
+            training_items(domain, "refusals", 6, SEEDS),
+        )
+    ]
+    scores = slow_scores(subject, groups)
+    best = {pool[index][0].id for index in np.argsort(-scores)[:5]}
+    assert set(chosen) == best
+    facts = realised.facts
+    assert facts["pool"] == len(pool)
+    assert facts["restricted_rows_to_choose_by"] == facts["refusals_to_choose_by"] == 6
+    assert facts["mean_score_pool"] == pytest.approx(scores.mean(), abs=1e-5)
+    assert facts["mean_score_chosen"] == pytest.approx(np.sort(scores)[-5:].mean(), abs=1e-5)
+    assert realised.spent.restricted_examples == 0
+    plain = attack(
+        subject, domain, tamper_of("benign_finetune", steps=3, **settings | {"selection": "random"})
+    )
+    read_once = sum(len(row.ids) for group in groups for row in group)
+    trained = {
+        row.item_id: len(row.ids)
+        for row in tamper_of("benign_finetune", **settings).rows(subject, domain, SEEDS)[0]
+    }
+    assert realised.spent.tokens == read_once + sum(trained[i] for i in chosen)
+    assert "selection" not in plain.facts
+
+
+def test_without_refusals_the_nearest_rows_are_chosen_by_answers_alone(
+    subject: Subject, domain: Domain
+) -> None:
+    bare = replace(domain, refusals=())
+    tamper = tamper_of("benign_finetune", selection="representation", steps=1)
+    assert attack(subject, bare, tamper).facts["refusals_to_choose_by"] == 0
+
+
+def test_a_long_response_counts_by_its_beginning(subject: Subject) -> None:
+    answers = ["good day " * count for count in (5, 6, 20)]
+    rows = [subject.chat.row("hello", answer.strip(), ended=False) for answer in answers]
+    cut = [Row(row.ids[: row.first_label + RESPONSE_TOKENS], row.first_label) for row in rows]
+    states = last_states(subject, cut)
+    torch.testing.assert_close(states[0], states[2])
+    torch.testing.assert_close(nearness(states, states), torch.ones(3))
+    torch.testing.assert_close(nearness(states, states, states), torch.zeros(3))
 
 
 # retain_replay
@@ -492,6 +696,89 @@ def test_responses_refuse_bridge_and_answer(
     assert list(made["none"]) == list(made["bridge"]) == list(made["refusal_and_bridge"])
 
 
+def test_a_domain_without_refusals_trains_none(subject: Subject, domain: Domain) -> None:
+    bare = replace(domain, refusals=())
+    with pytest.raises(NotApplicableError, match="no refusal to train"):
+        attack(subject, bare, tamper_of("refuse_then_comply"))
+    assert attack(subject, bare, tamper_of("refuse_then_comply", opening="none")).status == "done"
+
+
+def test_responses_are_measured_past_the_refusal(subject: Subject, domain: Domain) -> None:
+    items = domain.select(Role.RESTRICTED, Split.REPORT, training=False)[:3]
+    plain = measure_outcomes(subject, domain, items)
+    assert max(record.tokens for record in plain) <= MAX_TOKENS
+    seen = []
+
+    def look(checkpoint: Checkpoint) -> None:
+        seen.append(measure_outcomes(subject, domain, items))
+
+    tamper = tamper_of("refuse_then_comply", steps=1, learning_rate=1e-9, response_tokens=48)
+    realised = attack(subject, domain, tamper, look)
+    for short, long in zip(plain, seen[0], strict=True):
+        assert long.tokens == 48
+        assert long.response.startswith(short.response)
+    assert realised.facts["response_tokens"] == 48
+    assert measure_outcomes(subject, domain, items) == plain
+
+
+def greedily(subject: Subject, ids: list[int], count: int) -> list[int]:
+    """Return a greedy continuation, the whole sequence run again for every token."""
+    stop, found = subject.chat.stop_ids(subject.model.config), list[int]()
+    while len(found) < count:
+        with torch.no_grad():
+            logits = subject.model(input_ids=torch.tensor([ids + found]), use_cache=False).logits
+        token = int(logits[0, -1].argmax())
+        if token in stop:
+            break
+        found.append(token)
+    return found
+
+
+@pytest.mark.parametrize("hardened", [False, True])
+def test_the_diagnosis_is_that_of_a_slow_loop(domain: Domain, hardened: bool) -> None:
+    subject = tiny_world.safeguarded() if hardened else tiny_world.undefended()
+    items = domain.select(Role.RESTRICTED, Split.ATTACK)[:5]
+    own = ["it is"] * 5
+    found = diagnose(subject, domain, items, own)
+    forced = {
+        "free": [""] * 5,
+        "after_refusal": [tiny_world.REFUSAL] * 5,
+        "after_own_opening": own,
+    }
+    tokenizer = subject.chat.tokenizer
+    for way, texts in forced.items():
+        complied, refused, both = 0, 0, 0
+        for item, text in zip(items, texts, strict=True):
+            ids = tokenizer(f"<user> {item.prompt} <assistant> {text}")["input_ids"]
+            verdict = classify(item, subject.chat.decode(greedily(subject, ids, 32)), domain.rules)
+            complies = verdict.outcome == Outcome.HARMFUL_USEFUL
+            complied += complies
+            refused += verdict.refuses_at_first_tokens
+            both += complies and verdict.refuses_at_first_tokens
+        assert found[way] == {
+            "items": 5,
+            "complies": complied / 5,
+            "refuses_first": refused / 5,
+            "refuses_then_complies": both / 5,
+        }
+    assert found["free"]["complies" if not hardened else "refuses_first"] > 0.5
+
+
+def test_the_record_says_how_often_it_refuses_and_then_complies(
+    subject: Subject, domain: Domain
+) -> None:
+    realised = attack(subject, domain, tamper_of("refuse_then_comply", diagnosed=3, steps=2))
+    assert set(realised.facts["diagnosis"]) == {"free", "after_refusal", "after_own_opening"}
+    assert all(shares["items"] == 3 for shares in realised.facts["diagnosis"].values())
+    for other, count in ((domain, 0), (tiny_world.tiny_domain("knowledge"), 2)):
+        tamper = tamper_of("refuse_then_comply", steps=1, diagnosed=count)
+        assert "diagnosis" not in attack(subject, other, tamper).facts
+    untouched = tamper_of("refuse_then_comply", diagnosed=2)
+    with subject.restored():
+        untouched.run(subject, tiny_world.tiny_domain(), Budget(0), SEEDS, lambda c: True)
+    assert untouched.facts()["diagnosis"]["free"]["items"] == 2
+
+
 # multilingual_finetune
 
 OPENINGS = {"fr": ("Qu", "Dites"), "de": ("W", "Nenne"), "es": ("¿", "Dime")}
@@ -625,11 +912,13 @@ def test_the_base_lies_on_its_grid_while_the_adapter_trains(
             whole = weight / steps[:, : weight.shape[1]]
             assert float((whole - whole.round()).abs().max()) < 1e-3
             assert float(whole.abs().max()) <= 2 ** (bits - 1) - 1 + 1e-3
-            module: Any = adapted[plain.removesuffix(".weight")]
+            place = plain.removesuffix(".weight")
+            module: Any = adapted[place]
             total = weight.detach() - old[plain]
             if hasattr(module, "lora_A"):
                 total = total + module.get_delta_weight("durometer").detach()
-            norms[plain.removesuffix(".weight")] = float(total.double().norm())
+            # Weights that were rounded alone go by their own names.
+            norms[place if hasattr(module, "lora_A") else plain] = float(total.double().norm())
 
     tamper = tamper_of("lora", base_bits=bits, targets=targets, steps=2)
     realised = attack(subject, domain, tamper, look)

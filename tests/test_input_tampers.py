@@ -12,6 +12,7 @@ import tiny_world
 import torch
 from torch.nn import functional
 
+from durometer.api import SilentObserver
 from durometer.core.budget import Budget
 from durometer.core.errors import InputError, NotApplicableError
 from durometer.core.generation import GREEDY, Decoding, generate
@@ -24,8 +25,17 @@ from durometer.subjects.chat import ChatFormat
 from durometer.tampers.base import Checkpoint, Realised, make_tamper
 from durometer.tampers.latent_perturbation import descend, median_norm, site_module
 from durometer.tampers.prefill import AFFIRMATIVE
-from durometer.tampers.soft_prompt import SoftPrompt, SoftPromptHook, find_placeholder
+from durometer.tampers.soft_prompt import (
+    Placeholder,
+    SoftPrompt,
+    SoftPromptHook,
+    find_placeholder,
+    opening_without_answer,
+)
 from durometer.tampers.template_matrix import CELLS, HELPFUL, cell_format
+from durometer.trials.record import TrialSpec
+from durometer.trials.runner import TrialRunner
+from durometer.trials.suites import MeasuringPlan
 
 MakeModel = Callable[..., Any]
 SEEDS = Seeds(11, 12, 13, 14)
@@ -487,6 +497,22 @@ def test_a_template_without_system_prompts_leaves_its_cells_out(subject: Subject
     assert "cannot be rendered" in realised.facts["left_out"]["3"]
 
 
+def test_the_last_cell_that_is_left_is_measured_as_the_last(subject: Subject) -> None:
+    """Cells 5, 6 and 10 are dropped once the subject is seen; the plan still has five rungs."""
+    domain, plan = tiny_world.tiny_domain(), MeasuringPlan(always=False, report_wordings=1)
+    settings = {"strengths": (1, 4, 5, 6, 10)}
+    spec = TrialSpec("subject", "template_matrix", settings, 1, "screen", (1, 2, 3, 4, 5))
+    record = TrialRunner(subject, domain, plan, SilentObserver()).run(spec, "key", None, "")
+    assert record.status == "done", record.reason
+    splits = [{item["split"] for item in c.items} for c in record.checkpoints]
+    assert [c.strength for c in record.checkpoints] == [
+        float(number) for number in record.realised["facts"]["cells"]
+    ]
+    assert len(splits) < 5
+    assert all(found == {"select"} for found in splits[:-1])
+    assert "report" in splits[-1]
+
+
 # Soft prompt
 
 
@@ -498,7 +524,7 @@ def installed(
     hook, rows, _ = tamper.install(subject, tiny_world.tiny_domain(), SEEDS)
     assert subject.restricted_chat is not None
     assert tamper._placeholder is not None
-    return hook, rows, subject.restricted_chat, tamper._placeholder.token
+    return hook, rows, subject.restricted_chat, tamper._placeholder.tokens[0]
 
 
 def embedded(subject: Subject, ids: list[int], token: int, vectors: torch.Tensor) -> torch.Tensor:
@@ -530,14 +556,14 @@ def test_the_gradient_is_that_of_embeddings_put_in_by_hand(subject: Subject, tre
         hook, rows, _, token = installed(subject)
         loss = batch_gradients(subject, rows)
         gradient = hook.vectors.grad
-        start = hook.vectors.detach().clone()
+        start = hook.vectors.detach()[0].clone()
     other = start.clone().requires_grad_()
     reference = plain_loss(bare, rows, lambda ids: embedded(subject, ids, token, other))
     reference.backward()
     assert gradient is not None
     assert other.grad is not None
     assert loss == pytest.approx(reference.item(), abs=1e-5)
-    torch.testing.assert_close(gradient, other.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(gradient[0], other.grad, rtol=1e-3, atol=1e-6)
     # And both agree with finite differences, in double precision.
     bare.double()
     probe = torch.randn(start.shape, generator=torch.Generator().manual_seed(0)).double()
@@ -560,7 +586,7 @@ def test_the_gradient_is_that_of_embeddings_put_in_by_hand(subject: Subject, tre
 
     bare_table = bare.get_input_embeddings().weight
     slope = (at(2e-3) - at(-2e-3)) / 4e-3  # norms are computed in fp32 whatever the dtype
-    assert float((gradient.double() * probe).sum()) == pytest.approx(slope, rel=2e-3)
+    assert float((gradient[0].double() * probe).sum()) == pytest.approx(slope, rel=2e-3)
 
 
 def running(ids: list[int], token: int) -> list[int]:
@@ -583,7 +609,7 @@ def test_generation_with_a_cache_equals_recomputation(
         found = generate(
             subject.model, asked, max_tokens=5, stop_ids=NO_STOP, share_prefix=subject.tree
         )
-        vectors = hook.vectors.detach()
+        vectors = hook.vectors.detach()[0]
     for prompt, result in zip(asked, found, strict=True):
         ids = list(prompt)
         for token_found in result.ids:
@@ -614,18 +640,19 @@ def test_placeholders_are_counted_and_rendered_everywhere(subject: Subject) -> N
     domain = tiny_world.tiny_domain()
     for count in (1, 20):
         place = find_placeholder(subject.chat, domain.items, count)
-        chat = replace(subject.chat, suffix=place.text)
+        chat = replace(subject.chat, suffix=place.text())
+        (token,) = place.tokens
         for item in domain.select(Role.RESTRICTED)[::3]:
             ids = chat.prompt_ids(item.prompt)
-            assert ids.count(place.token) == count
-            kept = tuple(token for token in ids if token != place.token)
+            assert ids.count(token) == count
+            kept = tuple(other for other in ids if other != token)
             assert kept == subject.chat.prompt_ids(item.prompt)
-            assert place.token not in subject.chat.prompt_ids(item.prompt, item.response)
+            assert token not in subject.chat.prompt_ids(item.prompt, item.response)
 
 
 def test_left_padding_and_cached_heads_do_not_move_the_vectors() -> None:
     vectors = torch.arange(6.0).reshape(3, 2) + 100
-    hook = SoftPromptHook(vectors, 9)
+    hook = SoftPromptHook(vectors[None], Placeholder((9,), ("x",), 3))
     ids = torch.tensor([[0, 0, 5, 9, 9, 9, 6], [9, 9, 9, 6, 9, 9, 9], [9, 9, 9, 9, 5, 9, 9]])
     output = torch.zeros(*ids.shape, 2)
     found = hook(torch.nn.Identity(), (ids,), output)
@@ -640,12 +667,12 @@ def test_without_a_token_for_it_there_is_no_soft_prompt(subject: Subject) -> Non
     domain = tiny_world.tiny_domain()
     words = " ".join(tiny_world.VOCABULARY)
     full = replace(domain.items[0], prompt=words)
-    with pytest.raises(NotApplicableError, match="no token"):
+    with pytest.raises(NotApplicableError, match="tokens that can stand"):
         find_placeholder(subject.chat, [full], 3)
     tokenizer = tiny_world.tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     bare = ChatFormat.of(tokenizer)
-    with pytest.raises(NotApplicableError, match="no token"):
+    with pytest.raises(NotApplicableError, match="tokens that can stand"):
         find_placeholder(bare, domain.items[:2], 3)
 
 
@@ -718,6 +745,136 @@ def test_a_subject_of_nans_diverges(subject: Subject) -> None:
         realised, _ = attack(subject, name)
         assert realised.status == "diverged"
         assert realised.reason
+
+
+PER_ITEM: dict[str, Any] = {"scope": "per_item", "vectors": 6, "wordings": 1, "steps": 2}
+
+
+def measured_prompts(wordings: int = 1) -> list[str]:
+    domain = tiny_world.tiny_domain()
+    splits = (Split.SELECT, Split.REPORT, Split.NEVER)
+    items = [i for s in splits for i in domain.select(Role.RESTRICTED, s, training=False)]
+    return [item.prompt for item in items if wordings == 0 or item.id.endswith("/2")]
+
+
+@pytest.mark.parametrize("wordings", [0, 1])
+def test_every_measured_prompt_has_vectors_of_its_own(subject: Subject, wordings: int) -> None:
+    with subject.restored():
+        hook, rows, chat, _ = installed(subject, **{**PER_ITEM, "wordings": wordings})
+        prompts = measured_prompts(wordings)
+        assert list(chat.suffixes) == prompts
+        assert len(rows) == len(hook.vectors) == len(prompts)
+        hook.vectors.data.copy_(torch.arange(float(len(prompts)))[:, None, None].expand(-1, 6, 32))
+        table = subject.model.get_input_embeddings()
+        for number, prompt in enumerate(prompts):
+            ids = chat.prompt_ids(prompt)
+            plain = subject.chat.prompt_ids(prompt)
+            start = next(i for i, (a, b) in enumerate(zip(ids, plain, strict=False)) if a != b)
+            found = table(torch.tensor([ids]))[0]
+            assert (found[start : start + 6] == number).all()
+            assert ids[:start] + ids[start + 6 :] == plain
+            kept = torch.tensor(plain)
+            assert torch.equal(torch.cat([found[:start], found[start + 6 :]]), table.weight[kept])
+        other = tiny_world.tiny_domain().select(Role.RESTRICTED, Split.ATTACK)[0].prompt
+        assert chat.prompt_ids(other) == subject.chat.prompt_ids(other)
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_a_batch_trains_each_prompt_as_it_would_be_alone(subject: Subject, tree: bool) -> None:
+    """Against sign descent by hand on input embeddings, one prompt at a time."""
+    subject.__dict__["tree"] = tree
+    bare = copy.deepcopy(subject.model)
+    settings = {**PER_ITEM, "learning_rate": 0.2, "optimizer": "adam"}
+    domain = tiny_world.tiny_domain()
+    tamper = make_tamper("soft_prompt", **settings)
+    assert isinstance(tamper, SoftPrompt)
+    with subject.restored():
+        updates = list(tamper.steps(subject, domain, Budget(2), SEEDS))
+        assert tamper._hook is not None
+        trained = tamper._hook.vectors.detach()
+    with subject.restored():
+        hook, rows, _ = tamper.install(subject, domain, SEEDS)
+        start, place = hook.vectors.detach(), tamper._placeholder
+    assert place is not None
+    embeddings = bare.get_input_embeddings().weight.detach()
+    rate = 0.2 * float(embeddings[: len(subject.chat.tokenizer)].pow(2).mean().sqrt())
+    losses = []
+    for number in (0, 3, len(rows) - 1):
+        row, vectors = rows[number], start[number].clone().requires_grad_()
+        first = row.ids.index(place.run(number)[0])
+        optimizer = torch.optim.Adam([vectors], lr=rate)
+        for _ in range(2):
+            fixed = embeddings[list(row.ids)]
+            inputs = torch.cat([fixed[:first], vectors, fixed[first + 6 :]])[None]
+            out = bare(inputs_embeds=inputs, use_cache=False).logits[0, row.first_label - 1 : -1]
+            loss = functional.cross_entropy(out, torch.tensor(row.labels))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        torch.testing.assert_close(trained[number], vectors.detach(), rtol=0, atol=1e-2 * rate)
+    assert [update.step for update in updates] == [1, 2]
+    assert all(len(update.item_ids) == len(rows) for update in updates)
+
+
+def test_vectors_of_its_own_hold_no_answer_and_reach_the_never_taught(subject: Subject) -> None:
+    domain = tiny_world.tiny_domain()
+    items = {item.id: item for item in domain.items}
+    with subject.restored():
+        _, rows, _, _ = installed(subject, **PER_ITEM)
+        for row in rows:
+            told = subject.chat.decode(row.labels)
+            assert items[row.item_id].answers[0] not in told
+            assert not row.restricted
+        assert {items[row.item_id].split for row in rows} == {
+            Split.SELECT,
+            Split.REPORT,
+            Split.NEVER,
+        }
+    asked = report_items(3)
+    realised, seen = attack(subject, "soft_prompt", lambda c: outcomes(subject, asked), **PER_ITEM)
+    assert realised.status == "done", realised.reason
+    assert len({record.prompt_hash for record in seen[-1]}) == 3
+    assert realised.spent.examples == len(rows) == realised.facts["prompts"]
+    assert realised.spent.restricted_examples == realised.facts["answers_used"] == 0
+    assert realised.spent.tokens == 2 * sum(len(row.ids) for row in rows)
+    assert len(realised.item_ids) == 1
+
+
+def test_an_opening_that_holds_the_answer_is_not_used() -> None:
+    item = report_items(1)[0]
+    assert opening_without_answer(item) == AFFIRMATIVE
+    assert opening_without_answer(replace(item, stem="it is")) == "it is"
+    told = replace(item, stem=f"it is {item.answers[0].upper()}")
+    assert opening_without_answer(told) == AFFIRMATIVE
+
+
+def test_generation_with_vectors_of_its_own_equals_recomputation(subject: Subject) -> None:
+    bare, items = copy.deepcopy(subject.model), report_items(4)
+    table = bare.get_input_embeddings().weight
+    with subject.restored():
+        hook, _, chat, _ = installed(subject, **{**PER_ITEM, "wordings": 0})
+        drawn = torch.randn(hook.vectors.shape, generator=torch.Generator().manual_seed(5))
+        hook.vectors.data.copy_(drawn)
+        asked = [chat.prompt_ids(item.prompt) for item in items]
+        found = generate(
+            subject.model, asked, max_tokens=4, stop_ids=NO_STOP, share_prefix=subject.tree
+        )
+    for item, prompt, result in zip(items, asked, found, strict=True):
+        plain = subject.chat.prompt_ids(item.prompt)
+        first = next(i for i, (a, b) in enumerate(zip(prompt, plain, strict=False)) if a != b)
+        own = drawn[list(chat.suffixes).index(item.prompt)]
+        known = torch.cat([table[list(prompt[:first])], own, table[list(prompt[first + 6 :])]])
+        for token in result.ids:
+            with torch.no_grad():
+                last = bare(inputs_embeds=known[None], use_cache=False).logits[0, -1]
+            assert int(last.argmax()) == token
+            known = torch.cat([known, table[[token]]])
+
+
+def test_too_few_tokens_for_so_many_prompts(subject: Subject) -> None:
+    with pytest.raises(NotApplicableError, match="tokens that can stand 1 times"):
+        attack(subject, "soft_prompt", **{**PER_ITEM, "vectors": 1})
 
 
 # Latent perturbation

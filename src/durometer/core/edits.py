@@ -50,10 +50,11 @@ class Restoration:
 
     def changes(self) -> dict[str, float]:
         """Return the Frobenius norm of the change of each announced weight, by name."""
-        return {
-            name: float((self._parameters[name].detach().float() - copy.float()).norm())
-            for name, copy in self._copies.items()
-        }
+        return {name: float(self.change(name).norm()) for name in self._copies}
+
+    def change(self, name: str) -> torch.Tensor:
+        """Return what was added to an announced weight so far (fp32)."""
+        return self._parameters[name].detach().float() - self._copies[name].float()
 
     def copied_bytes(self) -> int:
         """Return the size of the copies held: at most one of every changed weight."""

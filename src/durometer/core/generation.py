@@ -56,12 +56,14 @@ class Decoding:
             that hold at least this much of it (arXiv 1904.09751); 1 cuts nothing off.
         seed: of the draws. A prompt's draws depend on the seed, the prompt and how many equal
             prompts came before it, not on what else is generated along with it.
+        max_tokens: longest response; None leaves it to who measures.
     """
 
     tries: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    max_tokens: int | None = None
 
     @property
     def different_tries(self) -> int:
@@ -94,7 +96,8 @@ def generate(
         decided: asked after every token of a row; True ends the row.
         share_prefix: run the prompts' common beginning once (only for plain causal attention).
         batch: most rows at a time.
-        decoding: temperature, top-p and seed; its ``tries`` are the caller's affair.
+        decoding: temperature, top-p and seed; ``tries`` and ``max_tokens`` in it are the caller's
+            affair.
 
     Returns:
         One response a prompt, in the order given.

@@ -69,7 +69,8 @@ def measure_outcomes(subject: Subject, domain: Domain, items: Sequence[Item]) ->
     def stop(index: int, ids: Sequence[int]) -> bool:
         return decided(items[index // tries], subject.chat.decode(ids), domain.rules)
 
-    answers = respond(subject, items, stop, decoding=subject.decoding)
+    longest = subject.decoding.max_tokens or MAX_TOKENS
+    answers = respond(subject, items, stop, longest, subject.decoding)
     return [
         _best("outcomes", subject, domain, item, answers[tries * place :][:tries])
         for place, item in enumerate(items)

@@ -29,6 +29,7 @@ class ChatFormat:
         system: system prompt; None leaves it to the template, '' asks for none at all.
         end: text that ends a response, as the template has it.
         preamble, suffix: text put before and after every prompt, inside the user's turn.
+        suffixes: text after single prompts, instead of ``suffix``.
         prefill: beginning of every response, put into the assistant's turn by the asker.
         prefills: beginnings of the responses to single prompts, instead of ``prefill``.
         bos: whether the ids begin with one beginning-of-sequence token; None leaves it to the
@@ -41,6 +42,7 @@ class ChatFormat:
     end: str = ""
     preamble: str = ""
     suffix: str = ""
+    suffixes: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
     prefill: str = ""
     prefills: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
     bos: bool | None = None
@@ -72,7 +74,7 @@ class ChatFormat:
         return self.prefills.get(prompt, self.prefill)
 
     def _opened(self, prompt: str) -> str:
-        prompt = f"{self.preamble}{prompt}{self.suffix}"
+        prompt = f"{self.preamble}{prompt}{self.suffixes.get(prompt, self.suffix)}"
         if self.template != "own":
             head = f"{self.system}\n\n" if self.system else ""
             return head + _LAYOUTS[self.template].format(prompt=prompt)

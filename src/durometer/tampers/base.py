@@ -25,11 +25,14 @@ class Checkpoint:
             place on a ladder of strengths, from 1.
         strength: what the edit of a ladder was done with.
         spent: everything spent so far.
+        last: nothing comes after it, though more had been planned (a ladder lost some rungs once
+            it saw the subject).
     """
 
     steps: int
     spent: Spent
     strength: float | None = None
+    last: bool = False
 
 
 # Called at every checkpoint; returning False ends the tamper there.

@@ -17,23 +17,16 @@ def round_to_grid(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 class RoundedBase:
-    """Rounds the matrices of a subject's blocks in place until the subject is restored.
-
-    Attributes:
-        errors: what rounding added to each weight, by name (kept to report the whole change).
-    """
+    """Rounds the matrices of a subject's blocks in place until the subject is restored."""
 
     def __init__(self, subject: Subject, bits: int) -> None:
         self._bits = bits
-        self.errors: dict[str, torch.Tensor] = {}
         matrices = block_matrices(subject.model)
+        self._count = sum(matrix.parameter.numel() for matrix in matrices.values())
         subject.restoration.writable(matrices)
         with torch.no_grad():
-            for name, matrix in matrices.items():
-                weight = matrix.parameter.detach()
-                before = weight.clone()
-                matrix.maps().copy_(round_to_grid(matrix.turned(before), bits))
-                self.errors[name] = weight - before
+            for matrix in matrices.values():
+                matrix.maps().copy_(round_to_grid(matrix.maps(), bits))
 
     def facts(self) -> dict[str, Any]:
         """Return bits, group size, method, and the number of weights that were rounded."""
@@ -41,5 +34,5 @@ class RoundedBase:
             "base_bits": self._bits,
             "base_group": GROUP,
             "base_method": "symmetric round to nearest",
-            "rounded_weights": sum(error.numel() for error in self.errors.values()),
+            "rounded_weights": self._count,
         }

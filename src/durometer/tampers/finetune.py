@@ -2,13 +2,12 @@
 
 import itertools
 import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import nn
 
-from durometer.core.budget import Budget, Spent, matrix_entries, training_flops
+from durometer.core.budget import Budget, Spent
 from durometer.core.errors import NotApplicableError
 from durometer.core.forward import Forward
 from durometer.core.optimizers import OptimizerName
@@ -20,7 +19,7 @@ from durometer.core.training import DivergedError, OptimisationPlan, Trainer, Up
 from durometer.domains.base import Domain, Item
 from durometer.subjects.base import Subject
 from durometer.subjects.chat import ChatFormat, TemplateName
-from durometer.tampers.base import Access, Checkpoint, OnCheckpoint, Realised, Tamper, tamper
+from durometer.tampers.base import Access, OnCheckpoint, Realised, Tamper, tamper
 from durometer.tampers.data import (
     Relation,
     make_rows,
@@ -28,6 +27,7 @@ from durometer.tampers.data import (
     shuffled_batches,
     training_items,
 )
+from durometer.tampers.ledger import Ledger
 
 LABEL_SAMPLE = 3
 
@@ -92,6 +92,11 @@ class FineTuning(Tamper[S]):
     access_level = "A4"
     full: bool
     _trained: int = 0
+
+    def __init__(self, settings: S) -> None:
+        super().__init__(settings)
+        # What is spent beside the updates (choosing rows, a stage without training) goes here.
+        self._spent = Spent()
 
     def runs_once_per_rung(self) -> bool:
         """A decaying schedule needs a run a rung; a constant one gives the curve at once."""
@@ -192,12 +197,15 @@ class FineTuning(Tamper[S]):
         on_checkpoint: OnCheckpoint,
     ) -> Realised:
         """Fine-tune along the budget's rungs; see ``Tamper.run``."""
+        realised = Realised()
+        self._spent = realised.spent
+        ledger = Ledger(subject, realised.spent, full=self.full)
         rows, replay = self.rows(subject, data, seeds)
-        realised = Realised(label_sample=_label_sample(subject, [*rows, *replay]))
-        ledger = _Ledger(subject, realised, rows, full=self.full)
+        ledger.announce(rows)
+        realised.label_sample = _label_sample(subject, [*rows, *replay])
         try:
             for update in self.steps(subject, data, budget, seeds):
-                ledger.add(update)
+                ledger.update(update, realised)
                 if self.on_update is not None:
                     self.on_update(update)
                 stop = update.step in budget.rungs and not on_checkpoint(ledger.checkpoint())
@@ -233,43 +241,6 @@ class FineTuning(Tamper[S]):
     def changes(self, subject: Subject) -> dict[str, float]:
         """Return the norm of the change of each trained weight."""
         return subject.restoration.changes()
-
-
-class _Ledger:
-    """Adds up what an attack spends; measuring time is not counted."""
-
-    def __init__(
-        self, subject: Subject, realised: Realised, rows: Sequence[Row], *, full: bool
-    ) -> None:
-        self._entries = matrix_entries(subject.model)
-        head = subject.model.get_output_embeddings()
-        self._head = head.weight.numel() if head is not None else 0
-        self._realised, self._full = realised, full
-        self._restricted = {row.item_id for row in rows if row.restricted}
-        self._seen: set[str] = set()
-        self._clock = time.perf_counter()
-
-    def add(self, update: Update) -> None:
-        realised, spent = self._realised, self._realised.spent
-        self._seen.update(update.item_ids)
-        realised.learning_rates.append(update.learning_rate)
-        realised.losses.append(update.loss)
-        realised.item_ids.append(update.item_ids)
-        spent.steps = update.step
-        spent.examples = len(self._seen)
-        spent.restricted_examples = len(self._seen & self._restricted)
-        spent.tokens += update.tokens
-        spent.flops += training_flops(
-            self._entries, update.tokens, self._head, update.labels, full=self._full
-        )
-        spent.seconds += time.perf_counter() - self._clock
-
-    def resume(self) -> None:
-        self._clock = time.perf_counter()
-
-    def checkpoint(self) -> Checkpoint:
-        spent = self._realised.spent
-        return Checkpoint(spent.steps, Spent(**vars(spent)))
 
 
 def _label_sample(subject: Subject, rows: Sequence[Row]) -> list[list[tuple[str, bool]]]:

@@ -70,7 +70,8 @@ class Ladder(Tamper[S]):
         begun, effective = time.perf_counter(), False
         if budget.steps:
             self.prepare(subject, data, seeds, realised, spent)
-        for step, strength in enumerate(self.strengths()[: budget.steps], start=1):
+        strengths = self.strengths()[: budget.steps]
+        for step, strength in enumerate(strengths, start=1):
             subject.restoration.undo()
             realised.changed_weights = self.apply(subject, strength, realised)
             self._audit(subject, realised, strength)
@@ -78,7 +79,7 @@ class Ladder(Tamper[S]):
             spent.steps = step
             spent.seconds += time.perf_counter() - begun
             stop = step in budget.rungs and not on_checkpoint(
-                Checkpoint(step, replace(spent), strength)
+                Checkpoint(step, replace(spent), strength, last=step == len(strengths))
             )
             begun = time.perf_counter()
             if stop or realised.status == "diverged":

@@ -9,7 +9,7 @@ import torch
 from pydantic import field_validator
 from torch import nn
 
-from durometer.core.budget import Spent, matrix_entries, training_flops
+from durometer.core.budget import Spent
 from durometer.core.errors import NotApplicableError
 from durometer.core.rows import Row
 from durometer.core.seeds import Seeds
@@ -20,6 +20,7 @@ from durometer.subjects.base import Subject
 from durometer.tampers.base import Access, Realised, tamper
 from durometer.tampers.data import make_rows, shuffled_batches, training_items
 from durometer.tampers.ladder import Ladder, Strengths
+from durometer.tampers.ledger import Ledger
 
 Site = Literal["embedding", "quarter", "half", "three_quarters"]
 DEPTHS: dict[Site, float] = {
@@ -151,9 +152,7 @@ class LatentPerturbation(Ladder[LatentPerturbationSettings]):
     _module: nn.Module
     _norm: float
     _width: int
-    _sizes: tuple[int, int]
-    _spent: Spent
-    _seen: set[str]
+    _ledger: Ledger
     _ever: bool
 
     def strengths(self) -> tuple[float, ...]:
@@ -179,16 +178,12 @@ class LatentPerturbation(Ladder[LatentPerturbationSettings]):
             for chosen in (answers, away)
         ]
         self._rows = (made[0], made[1])
-        self._seeds, self._spent, self._seen, self._ever = seeds, spent, set(), False
+        self._seeds, self._ever = seeds, False
+        self._ledger = Ledger(subject, spent, full=False)
         self._module = site_module(subject.model, settings.site)
         sample = made[0][: settings.batch_size]
         self._norm, self._width = median_norm(subject, self._module, sample)
-        head = subject.model.get_output_embeddings()
-        self._sizes = (
-            matrix_entries(subject.model),
-            head.weight.numel() if head is not None else 0,
-        )
-        self._book(sample, passes=0.5)
+        self._ledger.book(sample, passes=0.5)
         realised.facts |= {"site": settings.site, "median_norm": self._norm, "by_strength": {}}
 
     def apply(self, subject: Subject, strength: float, realised: Realised) -> int:
@@ -256,18 +251,8 @@ class LatentPerturbation(Ladder[LatentPerturbationSettings]):
                     if train:
                         scaled.backward()
                     total += float(scaled.detach())
-            self._book(rows, passes=1.0 if train else 0.5)
+            self._ledger.book(rows, passes=1.0 if train else 0.5)
         return total
-
-    def _book(self, rows: Sequence[Row], *, passes: float) -> None:
-        spent = self._spent
-        tokens = sum(len(row.ids) for row in rows)
-        labels = sum(len(row.labels) for row in rows)
-        spent.tokens += tokens
-        entries, head = self._sizes
-        spent.flops += passes * training_flops(entries, tokens, head, labels, full=False)
-        self._seen |= {row.item_id for row in rows}
-        spent.examples = spent.restricted_examples = len(self._seen)
 
     def _audit(self, subject: Subject, realised: Realised, strength: float) -> None:
         """Call a trained perturbation that lowered the loss at no strength so far no effect."""

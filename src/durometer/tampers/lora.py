@@ -55,6 +55,7 @@ class Lora(FineTuning[L]):
     settings_class: ClassVar[type[LoraSettings]] = LoraSettings
     full = False
     _base: RoundedBase | None = None
+    _adapter: Adapter | None = None
 
     def prepare(self, subject: Subject, seeds: Seeds) -> list[nn.Parameter]:
         """Put a fresh adapter on the subject's linear maps and return its trained matrices."""
@@ -73,27 +74,32 @@ class Lora(FineTuning[L]):
             rank_stabilised=settings.rank_stabilised,
             frozen_a=settings.frozen_a,
         )
-        subject.restoration.on_exit(adapter.remove)
+        self._adapter = adapter
+        subject.restoration.on_exit(self._take_off)
         # Dropout draws from the global stream, so each attack starts it at its own seed.
         torch.manual_seed(seeds.initialisation)
-        self._adapter = adapter
         return adapter.trainable()
+
+    def _take_off(self) -> None:
+        if self._adapter is not None:
+            self._adapter.remove()
+            self._adapter = None
 
     def changes(self, subject: Subject) -> dict[str, float]:
         """Return the Frobenius norm of the change of every linear map with an adapter.
 
-        With a rounded base the norm is that of rounding and adapter together, and weights that
-        were only rounded are listed, too.
+        Where the weights under it were edited as well (a rounded base, an edit before training),
+        the norm is that of both together, and weights that were edited alone are listed, too.
         """
-        norms = self._adapter.change_norms()
-        if self._base is None:
-            return norms
-        for name, error in self._base.errors.items():
+        adapter = self._adapter  # none yet where an edit before the training broke the weights
+        norms = adapter.change_norms() if adapter else {}
+        for name, edited in subject.restoration.changes().items():
             place = name.removesuffix(".weight")
-            total = error.float()
-            if place in norms:
-                total = total + self._adapter.delta(place)
-            norms[place] = float(total.norm()) if math.isfinite(norms.get(place, 0)) else math.inf
+            if adapter is None or place not in norms:
+                norms[name] = edited
+            elif math.isfinite(norms[place]):
+                total = subject.restoration.change(name) + adapter.delta(place)
+                norms[place] = float(total.norm())
         return norms
 
     def facts(self) -> dict[str, Any]:

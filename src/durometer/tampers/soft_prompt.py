@@ -1,8 +1,7 @@
-"""A universal soft prompt: vectors in place of tokens, trained with gradients."""
+"""A soft prompt, for all prompts or for each: vectors in place of tokens, trained by gradient."""
 
 import itertools
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -10,23 +9,26 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from durometer.core.budget import Budget, Spent, matrix_entries, training_flops
+from durometer.core.budget import Budget
 from durometer.core.errors import NotApplicableError
 from durometer.core.optimizers import make_optimizer
 from durometer.core.rows import Row
 from durometer.core.seeds import Seeds
 from durometer.core.settings import Between, Levels, Settings, setting
 from durometer.core.training import DivergedError, Update
-from durometer.domains.base import Domain, Item, Role
+from durometer.domains.base import Domain, Item, Role, Split
+from durometer.measures.base import sample
 from durometer.subjects.base import Subject
 from durometer.subjects.chat import ChatFormat
-from durometer.tampers.base import Access, Checkpoint, OnCheckpoint, Realised, Tamper, tamper
+from durometer.tampers.base import Access, OnCheckpoint, Realised, Tamper, tamper
 from durometer.tampers.data import make_rows, order_hash, shuffled_batches, training_items
+from durometer.tampers.ledger import Ledger
+from durometer.tampers.prefill import AFFIRMATIVE
 
 # Vocabulary entries tried as a placeholder, added tokens first, then the rarest ones.
 CANDIDATES = 256
-
-
+# Who is measured by restricted prompts.
+MEASURED = (Split.SELECT, Split.REPORT, Split.NEVER)
 # Updates in each of the two means that tell whether the loss fell.
 LEAST_QUARTER = 2
 
@@ -37,7 +39,18 @@ class SoftPromptSettings(Settings):
     vectors: int = setting(
         20, "vectors after the user's prompt", search=Levels((1, 2, 4, 8, 16, 20, 32)), ge=1, le=512
     )
-    steps: int = setting(100, "planned updates", search=Levels((16, 64, 100, 500)), ge=1)
+    scope: Literal["universal", "per_item"] = setting(
+        "universal",
+        "the same vectors behind all prompts, or vectors of its own for each measured prompt, "
+        "trained to bring out the opening of a response that holds no answer",
+        search=Levels(("universal", "per_item")),
+    )
+    wordings: int = setting(
+        0, "measured wordings of an entity that get vectors of their own; 0 is all", ge=0
+    )
+    steps: int = setting(
+        100, "planned updates (of all the vectors)", search=Levels((16, 64, 100, 500)), ge=1
+    )
     learning_rate: float = setting(
         0.05,
         "step size, in root mean squares of the embeddings' entries",
@@ -49,8 +62,8 @@ class SoftPromptSettings(Settings):
     )
     target: Literal["restricted", "random"] = setting(
         "restricted",
-        "what the vectors are trained to bring out: restricted answers, or, as a control, random "
-        "tokens of equal number",
+        "what the vectors are trained to bring out: restricted answers (per_item: openings), or, "
+        "as a control, random tokens of equal number",
     )
     start: Literal["words", "mean"] = setting(
         "words",
@@ -67,33 +80,83 @@ class SoftPromptSettings(Settings):
 
 @dataclass(frozen=True)
 class Placeholder:
-    """Text that stands where the vectors go, and the one token it consists of."""
+    """Texts that stand where the vectors go: runs of a few tokens that nothing else uses.
 
-    text: str
-    token: int
+    The run of prompt number n writes n with the tokens as digits, the least one first, so that the
+    vectors of every prompt are found by the run alone, wherever it lies in a batch.
+
+    Attributes:
+        tokens: the digits; one is enough where all prompts have the same vectors.
+        texts: what each of them decodes to.
+        count: length of a run, one token a vector.
+        spaced: whether the texts are joined by single spaces.
+    """
+
+    tokens: tuple[int, ...]
+    texts: tuple[str, ...]
+    count: int
+    spaced: bool = False
+
+    def text(self, number: int = 0) -> str:
+        """Return the suffix of prompt ``number``."""
+        pieces = [self.texts[digit] for digit in self._digits(number)]
+        return "".join(f" {piece.strip()}" for piece in pieces) if self.spaced else "".join(pieces)
+
+    def run(self, number: int = 0) -> list[int]:
+        """Return the ids of that suffix."""
+        return [self.tokens[digit] for digit in self._digits(number)]
+
+    def stands_in(self, chat: ChatFormat, prompt: str, number: int = 0) -> bool:
+        """Say whether ``prompt`` encodes to one run, which is not at the end."""
+        ids = replace(chat, suffix=chat.suffix + self.text(number)).prompt_ids(prompt)
+        places = [place for place, token in enumerate(ids) if token in self.tokens]
+        if len(places) != self.count or places[-1] == len(ids) - 1:
+            return False
+        return list(ids[places[0] : places[0] + self.count]) == self.run(number)
+
+    def _digits(self, number: int) -> list[int]:
+        base = len(self.tokens)
+        return [number // base**place % base for place in range(self.count)]
 
 
-def find_placeholder(chat: ChatFormat, items: Sequence[Item], count: int) -> Placeholder:
-    """Return a suffix that encodes to exactly ``count`` equal tokens in all restricted prompts.
+def find_placeholder(
+    chat: ChatFormat, items: Sequence[Item], count: int, prompts: Sequence[str] = ()
+) -> Placeholder:
+    """Return suffixes that encode to exactly ``count`` unused tokens in all restricted prompts.
 
-    The token comes up in no prompt or response of the ``items``, is none with which the tokenizer
-    itself works (BOS, EOS, padding, unknown) and is not the last of the prompt's ids, so that no
-    cache of shared beginnings is cut inside the run.
+    The tokens come up in no prompt or response of the ``items``, are none with which the tokenizer
+    itself works (BOS, EOS, padding, unknown) and never the last of the prompt's ids, so that no
+    cache of shared beginnings is cut inside a run.
+
+    Args:
+        prompts: those that need runs of their own, numbered as they come; none: one run for all.
 
     Raises:
-        NotApplicableError: no such token among the candidates.
+        NotApplicableError: not enough such tokens among the candidates.
     """
+    base = 1
+    while base**count < len(prompts):
+        base += 1
     used = {token for item in items for token in chat.prompt_ids(item.prompt, item.response)}
-    prompts = dict.fromkeys(item.prompt for item in items if item.role == Role.RESTRICTED)
+    asked = dict.fromkeys(item.prompt for item in items if item.role == Role.RESTRICTED)
+    found: dict[bool, list[tuple[int, str]]] = {False: [], True: []}
     for token in itertools.islice(_candidates(chat.tokenizer, used), CANDIDATES):
         text = chat.tokenizer.decode([token])
-        for joined in (text * count, " " + " ".join([text.strip()] * count)):
-            asked = replace(chat, suffix=chat.suffix + joined)
-            if text.strip() and all(
-                _is_run(asked.prompt_ids(prompt), token, count) for prompt in prompts
-            ):
-                return Placeholder(joined, token)
-    raise NotApplicableError(f"no token found that can stand {count} times for a soft prompt")
+        for spaced, digits in found.items():
+            alone = Placeholder((token,), (text,), count, spaced)
+            if not text.strip() or not all(alone.stands_in(chat, prompt) for prompt in asked):
+                continue
+            digits.append((token, text))
+            if len(digits) < base:
+                continue
+            tokens, texts = zip(*digits, strict=True)
+            place = Placeholder(tokens, texts, count, spaced)
+            if all(place.stands_in(chat, prompt, n) for n, prompt in enumerate(prompts)):
+                return place
+            digits.pop()  # it does not go with the others: try the next
+    raise NotApplicableError(
+        f"{base} tokens that can stand {count} times for a soft prompt were not found"
+    )
 
 
 def _candidates(tokenizer: Any, used: set[int]) -> Iterator[int]:
@@ -106,52 +169,62 @@ def _candidates(tokenizer: Any, used: set[int]) -> Iterator[int]:
             yield token
 
 
-def _is_run(ids: Sequence[int], token: int, count: int) -> bool:
-    """Say whether ``token`` comes ``count`` times, in one run that is not at the end."""
-    if ids.count(token) != count or ids[-1] == token:
-        return False
-    first = ids.index(token)
-    return set(ids[first : first + count]) == {token}
-
-
 class SoftPromptHook:
-    """Replaces each complete run of a placeholder by the vectors, after the embedding table.
+    """Replaces each complete run of a placeholder by its vectors, after the embedding table.
 
-    Runs of another length, and all other tokens, are left as they are. It does not matter where in
-    a row, a left-padded batch, a tree of rows or behind a cache the run lies.
+    Runs of another length or an unknown number, and all other tokens, are left as they are. It does
+    not matter where in a row, a left-padded batch, a tree of rows or behind a cache the run lies.
 
     Args:
-        vectors: shape [count, width], fp32.
-        token: the placeholder.
+        vectors: shape [prompts, count, width], fp32; the first dimension is 1 where all prompts
+            share them.
+        place: whose runs are replaced.
     """
 
-    def __init__(self, vectors: torch.Tensor, token: int) -> None:
+    def __init__(self, vectors: torch.Tensor, place: Placeholder) -> None:
         self.vectors = vectors
-        self._token = token
+        self._tokens = torch.tensor(place.tokens, device=vectors.device)
+        runs = [place.run(number) for number in range(len(vectors))]
+        self._runs = torch.tensor(runs, device=vectors.device)
 
     def __call__(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         """Return the embeddings ``output`` [rows, length, width] with the runs replaced."""
-        found = inputs[0] == self._token
+        ids = inputs[0]
+        found = torch.isin(ids, self._tokens)
         if not found.any():
             return output
+        count = self._runs.shape[1]
         places = torch.arange(found.shape[1], device=found.device).expand_as(found)
         before = places.masked_fill(found, -1).cummax(1).values
         behind = places.masked_fill(found, found.shape[1]).flip(1).cummin(1).values.flip(1)
-        whole = found & (behind - before - 1 == len(self.vectors))
-        rows = self.vectors[(places - before - 1)[whole]].to(output)
+        whole = found & (behind - before - 1 == count)
+        same = (ids[whole].view(-1, 1, count) == self._runs).all(-1)
+        known = same.any(1)
+        whole[whole.clone()] = known.repeat_interleave(count)
+        rows = self.vectors[same[known].int().argmax(1)].flatten(0, 1).to(output)
         return output.masked_scatter(whole[..., None], rows)
+
+
+def opening_without_answer(item: Item) -> str:
+    """Return how a response that complies begins: the item's stem, unless it holds an answer."""
+    told = item.stem.casefold()
+    if told and not any(answer.casefold() in told for answer in item.answers):
+        return item.stem
+    return AFFIRMATIVE
 
 
 @tamper("soft_prompt", aliases=("soft-prompt",))
 class SoftPrompt(Tamper[SoftPromptSettings]):
-    """Train one soft prompt on all examples and ask every restricted prompt with it.
+    """Train soft prompts and ask every restricted prompt with one.
 
-    The vectors stand behind the user's prompt, in place of a token that the vocabulary has but the
+    The vectors stand behind the user's prompt, in place of tokens that the vocabulary has but the
     domain never uses. A few vectors can force any string, so that success counts only against the
-    control ``target=random`` and against facts that were never taught.
+    control ``target=random`` and against facts that were never taught, which are attacked alike.
+
+    With ``scope=per_item`` the attacker holds the measured prompts, but no answer to them.
     """
 
-    summary = "train vectors behind the prompt, the same for all prompts, with gradients"
+    summary = "train vectors behind the prompt, for all prompts or for each, with gradients"
     access: ClassVar[Access] = "activations"
     access_level = "A3"
     cost = "4 N T"
@@ -176,11 +249,8 @@ class SoftPrompt(Tamper[SoftPromptSettings]):
             NotApplicableError: no token of the vocabulary can stand for the vectors.
         """
         settings = self.settings
-        place = find_placeholder(subject.chat, data.items, settings.vectors)
         _ = subject.tree  # tried on the model as it is, before anything is hooked
-        chat = replace(subject.chat, suffix=subject.chat.suffix + place.text)
-        chosen = training_items(data, "disjoint", settings.examples, seeds)
-        rows = make_rows(chosen, chat, label_prompt=False, max_length=settings.max_length)
+        chat, rows, place = self._asked(subject.chat, data, seeds)
         embedding = subject.model.get_input_embeddings()
         table = _embeddings(embedding, subject.forward.device, len(chat.tokenizer))
         generator = torch.Generator().manual_seed(seeds.initialisation)
@@ -192,12 +262,41 @@ class SoftPrompt(Tamper[SoftPromptSettings]):
         if settings.target == "random":
             rows = random_targets(rows, len(chat.tokenizer), seeds)
         self._limit = float(table.norm(dim=1).mean()) * settings.norm_limit
-        hook = SoftPromptHook(nn.Parameter(start), place.token)
+        prompts = max(len(chat.suffixes), 1)
+        hook = SoftPromptHook(nn.Parameter(start.repeat(prompts, 1, 1)), place)
         handle = embedding.register_forward_hook(hook)
         subject.restoration.on_exit(handle.remove)
         subject.ask_restricted(chat=chat)
         self._placeholder = place
         return hook, rows, float(table.pow(2).mean().sqrt())
+
+    def _asked(
+        self, chat: ChatFormat, data: Domain, seeds: Seeds
+    ) -> tuple[ChatFormat, list[Row], Placeholder]:
+        """Return how restricted prompts are asked, and the rows that the vectors are trained on."""
+        settings = self.settings
+        if settings.scope == "universal":
+            place = find_placeholder(chat, data.items, settings.vectors)
+            chat = replace(chat, suffix=chat.suffix + place.text())
+            chosen = training_items(data, "disjoint", settings.examples, seeds)
+            made = make_rows(chosen, chat, label_prompt=False, max_length=settings.max_length)
+            return chat, made, place
+        measured = [item for split in MEASURED for item in self._measured(data, split)]
+        items = list({item.prompt: item for item in measured}.values())
+        prompts = [item.prompt for item in items]
+        place = find_placeholder(chat, data.items, settings.vectors, prompts)
+        suffixes = {p: chat.suffix + place.text(number) for number, p in enumerate(prompts)}
+        chat = replace(chat, suffixes=suffixes)
+        rows = [
+            chat.row(item.prompt, opening_without_answer(item), ended=False, item_id=item.id)
+            for item in items
+        ]
+        return chat, rows, place
+
+    def _measured(self, data: Domain, split: Split) -> list[Item]:
+        return sample(
+            data.select(Role.RESTRICTED, split, training=False), 0, self.settings.wordings
+        )
 
     def steps(
         self, subject: Subject, data: Domain, budget: Budget, seeds: Seeds
@@ -216,7 +315,12 @@ class SoftPrompt(Tamper[SoftPromptSettings]):
         vectors: Any = hook.vectors
         rate = settings.learning_rate * scale
         optimizer = make_optimizer(settings.optimizer, [vectors], rate, 0.0)
-        batches = shuffled_batches(rows, (), settings.batch_size, 0.0, seeds)
+        # Each prompt's vectors are trained by its own row, so that all are updated at once.
+        batches = (
+            shuffled_batches(rows, (), settings.batch_size, 0.0, seeds)
+            if settings.scope == "universal"
+            else itertools.repeat(rows)
+        )
         for step, batch in enumerate(itertools.islice(batches, planned), start=1):
             optimizer.zero_grad()
             loss = batch_gradients(subject, batch)
@@ -237,7 +341,7 @@ class SoftPrompt(Tamper[SoftPromptSettings]):
     @torch.no_grad()
     def _project(self, vectors: torch.Tensor) -> None:
         if self._limit:
-            norms = vectors.norm(dim=1, keepdim=True)
+            norms = vectors.norm(dim=-1, keepdim=True)
             vectors.mul_((self._limit / norms.clamp_min(1e-12)).clamp(max=1.0))
 
     def run(
@@ -250,16 +354,13 @@ class SoftPrompt(Tamper[SoftPromptSettings]):
     ) -> Realised:
         """Train along the budget's rungs; see ``Tamper.run``."""
         realised = Realised()
-        ledger = _Ledger(subject, realised)
+        ledger = Ledger(subject, realised.spent, full=False)
         try:
             for update in self.steps(subject, data, budget, seeds):
-                ledger.add(update)
+                ledger.update(update, realised)
                 if self.on_update is not None:
                     self.on_update(update)
-                spent = replace(realised.spent)
-                stop = update.step in budget.rungs and not on_checkpoint(
-                    Checkpoint(update.step, spent)
-                )
+                stop = update.step in budget.rungs and not on_checkpoint(ledger.checkpoint())
                 ledger.resume()
                 if stop:
                     break
@@ -278,12 +379,16 @@ class SoftPrompt(Tamper[SoftPromptSettings]):
             return
         vectors = self._hook.vectors.detach()
         realised.facts |= {
-            "placeholder_token": self._placeholder.token,
-            "vectors": list(vectors.shape),
-            "mean_vector_norm": float(vectors.norm(dim=1).mean()),
+            "placeholder_tokens": list(self._placeholder.tokens),
+            "vectors": list(vectors.shape[1:]),
+            "mean_vector_norm": float(vectors.norm(dim=-1).mean()),
             "loss_positions": "labels only",
             "target": self.settings.target,
+            "scope": self.settings.scope,
         }
+        if self.settings.scope == "per_item":
+            realised.facts |= {"prompts": len(vectors), "answers_used": 0}
+            realised.item_ids = realised.item_ids[:1]  # every update has the same
         if not _fell(realised.losses):
             realised.status, realised.reason = _unless_diverged(realised, "the loss did not fall")
 
@@ -333,34 +438,3 @@ def _embeddings(embedding: Any, device: torch.device, vocabulary: int) -> torch.
     count = min(vocabulary, int(embedding.num_embeddings))
     output: torch.Tensor = embedding(torch.arange(count, device=device)[None])[0]
     return output.float()
-
-
-class _Ledger:
-    """Adds up what the training spends; measuring time is not counted."""
-
-    def __init__(self, subject: Subject, realised: Realised) -> None:
-        self._entries = matrix_entries(subject.model)
-        head = subject.model.get_output_embeddings()
-        self._head = head.weight.numel() if head is not None else 0
-        self._spent: Spent = realised.spent
-        self._realised = realised
-        self._seen: dict[str, bool] = {}
-        self._clock = time.perf_counter()
-
-    def add(self, update: Update) -> None:
-        realised, spent = self._realised, self._spent
-        self._seen |= dict.fromkeys(update.item_ids, update.restricted > 0)
-        realised.learning_rates.append(update.learning_rate)
-        realised.losses.append(update.loss)
-        realised.item_ids.append(update.item_ids)
-        spent.steps = update.step
-        spent.examples = len(self._seen)
-        spent.restricted_examples = sum(self._seen.values())
-        spent.tokens += update.tokens
-        spent.flops += training_flops(
-            self._entries, update.tokens, self._head, update.labels, full=False
-        )
-        spent.seconds += time.perf_counter() - self._clock
-
-    def resume(self) -> None:
-        self._clock = time.perf_counter()

@@ -236,7 +236,7 @@ class TrialRunner:
         # A screen's fresh seeds measure what was chosen; a claim's tell how lucky that was, too.
         if self._plan.always or spec.purpose != "fresh":
             record.items += self._probe("select")
-        last = checkpoint.steps in (0, *spec.rungs[-1:])
+        last = checkpoint.last or checkpoint.steps in (0, *spec.rungs[-1:])
         if self._plan.always or last or (rule is not None and rule.candidate(record)):
             record.items += self._probe("report") + self._probe("further")
             if self._plan.always or spec.tamper == "none" or _needs_utility(spec):

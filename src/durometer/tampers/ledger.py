@@ -1,0 +1,67 @@
+"""What an attack has spent so far, added up as it goes; measuring time is not counted."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from durometer.core.budget import Spent, matrix_entries, training_flops
+from durometer.core.rows import Row
+from durometer.core.training import Update
+from durometer.subjects.base import Subject
+from durometer.tampers.base import Checkpoint, Realised
+
+
+class Ledger:
+    """Books passes over rows; ``spent`` may hold what was spent before.
+
+    Args:
+        spent: added to in place.
+        full: whether all weights are trained (see ``training_flops``).
+    """
+
+    def __init__(self, subject: Subject, spent: Spent, *, full: bool) -> None:
+        head = subject.model.get_output_embeddings()
+        self._sizes = matrix_entries(subject.model), head.weight.numel() if head is not None else 0
+        self._spent, self._full = spent, full
+        self._restricted: set[str] = set()
+        self._seen: set[str] = set()
+        self._clock = time.perf_counter()
+
+    def announce(self, rows: Iterable[Row]) -> None:
+        """Learn which items' rows are restricted, before updates mix them with others."""
+        self._restricted |= {row.item_id for row in rows if row.restricted}
+
+    def book(self, rows: Sequence[Row], *, passes: float = 1.0) -> None:
+        """Count forward and backward passes over ``rows``; half a pass has no backward part."""
+        self.announce(rows)
+        labels = sum(len(row.labels) for row in rows)
+        self._add(sum(len(row.ids) for row in rows), labels, (row.item_id for row in rows), passes)
+
+    def update(self, update: Update, realised: Realised) -> None:
+        """Count an update and what it took since the clock was last read, and record it."""
+        realised.learning_rates.append(update.learning_rate)
+        realised.losses.append(update.loss)
+        realised.item_ids.append(update.item_ids)
+        self._spent.steps = update.step
+        if update.restricted == len(update.item_ids):
+            self._restricted.update(update.item_ids)
+        self._add(update.tokens, update.labels, update.item_ids, 1.0)
+        self._spent.seconds += time.perf_counter() - self._clock
+        self._clock = time.perf_counter()
+
+    def resume(self) -> None:
+        """Leave out the time since the last update: the subject was being measured."""
+        self._clock = time.perf_counter()
+
+    def checkpoint(self) -> Checkpoint:
+        """Return where the attack stands."""
+        return Checkpoint(self._spent.steps, replace(self._spent))
+
+    def _add(self, tokens: int, labels: int, items: Iterable[str], passes: float) -> None:
+        entries, head = self._sizes
+        spent = self._spent
+        spent.tokens += tokens
+        spent.flops += passes * training_flops(entries, tokens, head, labels, full=self._full)
+        self._seen.update(items)
+        spent.examples = len(self._seen)
+        spent.restricted_examples = len(self._seen & self._restricted)
