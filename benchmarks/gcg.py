@@ -5,30 +5,39 @@ the package is no dependency: keys and values of the ids before the suffix are k
 default; all candidates run from the start of the suffix; logits are computed over the whole
 vocabulary at every position and those of the target picked afterwards; the batch is as large as
 memory allows (``THEIR_BATCH`` here, so that nothing is retried). The candidate sets are identical,
-and so must be the best candidate of every step. A third column scores the same set by the shared
-tree packs of ``core.forward``.
+and so must be the best candidate of every step.
+
+With ``--nanogcg-python PATH``, an interpreter of an environment that has the package, nanoGCG's own
+program searches as well, from the same weights, prompt, target and first suffix at the same width
+(``gcg_nanogcg.py``). Its draws are its own, so that its losses are another search's.
 """
 
+import argparse
+import json
+import statistics
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import alternate, ratio, write
+from common import ratio, write
+from gcg_picture import picture
 from torch.nn import functional
 from transformers import DynamicCache
 
 import durometer
-from durometer.core.forward import Forward
-from durometer.core.rows import Row
 from durometer.core.seeds import Seeds
 from durometer.subjects.base import Subject
 from durometer.tampers.gcg import GcgSettings, Hunt, make_ready, make_search
 from durometer.tampers.gcg_prompts import Suffix, SuffixPrompt
+from durometer.tampers.gcg_screening import SCREENED_FROM, Screening
+from durometer.tampers.gcg_search import SuffixSearch
 
-THEIR_BATCH, ROUNDS, STEPS = 64, 2, 3
-SETTINGS = GcgSettings(steps=STEPS, candidates=64, top_k=64, suffix_tokens=20)
+THEIR_BATCH = 64
 SEEDS = Seeds.derive(1)
+HERE = Path(__file__).resolve().parent
 
 
 class NanoGcg:
@@ -75,25 +84,68 @@ class NanoGcg:
         return torch.cat([self._loss(self._embed(part)) for part in rows.split(THEIR_BATCH)])
 
 
-def tree_losses(subject: Subject, prompt: SuffixPrompt, suffixes: Sequence[Suffix]) -> Any:
-    """Score the candidates by tree packs, which share every common beginning within a pack."""
-    rows = [Row(prompt.ids(s), len(prompt.ids(s)) - len(prompt.target)) for s in suffixes]
-    scores = Forward(subject.model, tree=True).score(rows)
-    return torch.tensor([-score.log_probability / score.labels for score in scores])
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    begun = time.perf_counter()
+    return call(), time.perf_counter() - begun
 
 
-def curves(subject: Subject, hunt: Hunt) -> dict[str, Any]:
-    """Run both searches on the same draws; return loss against seconds, and check the choices."""
-    prompt = hunt.start.prompts[0]
-    theirs, search = NanoGcg(subject, prompt), make_search(subject, hunt, SETTINGS, SEEDS)
-    result: dict[str, list[tuple[float, float]]] = {"nanogcg": [], "ours": []}
-    seconds = {"nanogcg": 0.0, "ours": 0.0}
-    for _ in range(STEPS):
+def scoring(search: SuffixSearch, theirs: NanoGcg, current: Suffix, rounds: int) -> dict[str, Any]:
+    """Time all three ways of scoring the same candidates in turn, and check that they agree."""
+    screening = search.screening
+    suffixes = [s for s, _ in search.candidates(search.scorer.gradient(current))]
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "baseline": lambda: theirs.losses(suffixes),
+        "exact": lambda: search.scorer.losses(suffixes, current),
+    }
+    if isinstance(screening, Screening):
+        ways["screened"] = lambda: screening.losses(suffixes, current)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    processor: dict[str, list[float]] = {name: [] for name in ways}
+    if isinstance(screening, Screening):  # its first use pays for the copies of the weights
+        screening.losses(suffixes[:SCREENED_FROM], current)
+    for _ in range(rounds):
+        losses = {}
+        for name, way in ways.items():
+            begun = time.process_time()
+            losses[name], took = timed(way)
+            seconds[name].append(took)
+            processor[name].append(time.process_time() - begun)
+        best = {name: int(found.argmin()) for name, found in losses.items()}
+        assert len(set(best.values())) == 1, f"different choices: {best}"
+    ours = list(ways)[-1]
+    rows = [
+        {
+            "way": {"baseline": "nanoGCG's loop"}.get(name, f"ours, {name}"),
+            "candidates_per_second": len(suffixes) / statistics.median(took),
+            "ratio": ratio(seconds["baseline"], took)["ratio"],
+            "processor_time_ratio": ratio(processor["baseline"], processor[name])["ratio"],
+        }
+        for name, took in seconds.items()
+    ]
+    return {
+        **ratio(seconds["baseline"], seconds[ours]),
+        "largest_loss_difference": float((losses["exact"] - losses["baseline"]).abs().max()),
+        "scoring": rows,
+    }
+
+
+def curves(
+    search: SuffixSearch, theirs: NanoGcg, steps: int
+) -> tuple[dict[str, list[tuple[float, float]]], float]:
+    """Run both searches on the same draws and check that they choose alike.
+
+    Returns loss against seconds of both, and the processor seconds of ours.
+    """
+    processor = 0.0
+    result: dict[str, list[tuple[float, float]]] = {"nanogcg_loop": [], "ours": []}
+    spent = {"nanogcg_loop": 0.0, "ours": 0.0}
+    for _ in range(steps):
         current = search.current.suffix
         state = search._generator.get_state()
-        begun = time.perf_counter()
-        found = search.step()
-        seconds["ours"] += time.perf_counter() - begun
+        begun = time.process_time()
+        found, took = timed(search.step)
+        processor += time.process_time() - begun
+        spent["ours"] += took
         # The same draw again for the baseline, from the same state of the generator.
         after = search._generator.get_state()
         search._generator.set_state(state)
@@ -102,48 +154,93 @@ def curves(subject: Subject, hunt: Hunt) -> dict[str, Any]:
         suffixes = [suffix for suffix, _ in search.candidates(theirs.gradient(current))]
         losses = theirs.losses(suffixes)
         best = int(losses.argmin())
-        seconds["nanogcg"] += time.perf_counter() - begun
+        spent["nanogcg_loop"] += time.perf_counter() - begun
         search._generator.set_state(after)
         search.current = moved
         assert suffixes[best] == found.suffix, "the two loops chose different candidates"
-        result["ours"].append((seconds["ours"], found.loss))
-        result["nanogcg"].append((seconds["nanogcg"], float(losses[best])))
-    return {"seconds_and_loss": result, "cache": search.cache}
+        result["ours"].append((spent["ours"], found.loss))
+        result["nanogcg_loop"].append((spent["nanogcg_loop"], float(losses[best])))
+    return result, processor
+
+
+def package(python: str, folder: str, hunt: Hunt, settings: GcgSettings) -> dict[str, Any]:
+    """Let nanoGCG's own program search; return what it reports."""
+    (prompt,) = hunt.start.prompts
+    asked = {
+        "folder": folder,
+        "prompt": prompt.prompt,
+        "target": prompt.response,
+        "initial": hunt.start.text,
+        "steps": settings.steps,
+        "candidates": settings.candidates,
+        "top_k": settings.top_k,
+        "batch": THEIR_BATCH,
+    }
+    done = subprocess.run(
+        [python, str(HERE / "gcg_nanogcg.py")],
+        input=json.dumps(asked),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert answer["suffix_tokens"] == settings.suffix_tokens
+    return answer
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nanogcg-python", help="interpreter of an environment with nanogcg")
+    parser.add_argument("--candidates", type=int, default=256)
+    parser.add_argument("--top-k", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3)
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Time scoring alone and whole steps, and write ``results/gcg.json``."""
+    """Time scoring alone and whole steps, write ``results/gcg.json`` and draw the losses."""
+    given = arguments()
+    settings = GcgSettings(steps=given.steps, candidates=given.candidates, top_k=given.top_k)
     subject = durometer.load_subject("smollm2", dtype="float32")
-    domain = durometer.load_domain("capitals")
-    hunt = make_ready(subject, domain, SETTINGS, SEEDS)
-    search = make_search(subject, hunt, SETTINGS, SEEDS)
-    prompt, current = hunt.start.prompts[0], hunt.start.suffix
-    theirs = NanoGcg(subject, prompt)
-    found = search.candidates(search.scorer.gradient(current))
-    suffixes = [suffix for suffix, _ in found]
-    ours, nano = search.scorer.losses(suffixes, current), theirs.losses(suffixes)
-    begun = time.perf_counter()
-    tree = tree_losses(subject, prompt, suffixes)
-    tree_seconds = time.perf_counter() - begun
-    assert int(ours.argmin()) == int(nano.argmin()) == int(tree.argmin())
-    times = alternate(
-        lambda: theirs.losses(suffixes), lambda: search.scorer.losses(suffixes, current), ROUNDS
-    )
-    summary = ratio(*times)
+    hunt = make_ready(subject, durometer.load_domain("capitals"), settings, SEEDS)
+    theirs = NanoGcg(subject, hunt.start.prompts[0])
+    fresh = make_search(subject, hunt, settings, SEEDS)
+    result = scoring(fresh, theirs, hunt.start.suffix, given.rounds)
+    search = make_search(subject, hunt, settings, SEEDS)
+    losses, processor = curves(search, theirs, given.steps)
+    if given.nanogcg_python:
+        folder = subject.model.name_or_path
+        own = package(given.nanogcg_python, folder, hunt, settings)
+        losses["nanogcg_package"] = [tuple(pair) for pair in own.pop("seconds_and_loss")]
+        seconds = losses["ours"][-1][0]
+        rate = settings.steps * settings.candidates / seconds
+        result |= {
+            "whole_steps_candidates_per_second": rate,
+            "package_candidates_per_second": own["candidates_per_second"],
+            "package_ratio": rate / own["candidates_per_second"],
+            "package_processor_time_ratio": settings.steps
+            * settings.candidates
+            / processor
+            / own["candidates_per_processor_second"],
+            "package_versions": ", ".join(f"{k} {v}" for k, v in own["versions"].items()),
+        }
+    screening = search.screening
     path = write(
         "gcg",
         {
-            "what": f"{len(suffixes)} candidates of 20 tokens on smollm2, capitals",
+            "what": f"{settings.candidates} candidates of 20 tokens, top-k {settings.top_k}, "
+            "on smollm2, capitals",
             "baseline": "nanoGCG's loop, re-implemented here",
-            **summary,
-            "candidates_per_second": len(suffixes) / summary["ours_seconds"],
-            "baseline_candidates_per_second": len(suffixes) / summary["baseline_seconds"],
-            "tree_candidates_per_second": len(suffixes) / tree_seconds,
-            "largest_loss_difference": float((ours - nano).abs().max()),
-            **curves(subject, hunt),
+            **result,
+            "cache": search.cache,
+            "screening": screening if isinstance(screening, str) else screening.summary(),
             "dtype": subject.dtype,
+            "seconds_and_loss": losses,
         },
     )
+    drawn = HERE.parent / "docs" / "images" / "gcg.svg"
+    drawn.write_text(picture(losses, search.initial.loss))
     print(path.read_text())
 
 

@@ -356,7 +356,7 @@ def _entry(entry: str) -> str:
 
 # ---- result files --------------------------------------------------------------------------
 
-BENCHMARKS = ("training", "generation", "restore", "demo")
+BENCHMARKS = ("training", "generation", "gcg", "restore", "demo")
 LABELS = {
     "what": "what is run",
     "baseline": "compared with",

@@ -20,11 +20,12 @@ from durometer.domains.base import Item, Role, Split
 from durometer.subjects.base import Source, Subject
 from durometer.subjects.chat import ChatFormat
 from durometer.subjects.fingerprint import weights_fingerprint
-from durometer.tampers import gcg_scoring, gcg_transfer
+from durometer.tampers import gcg_scoring, gcg_screening, gcg_transfer
 from durometer.tampers.base import Checkpoint, Realised, make_tamper
 from durometer.tampers.gcg import GcgSettings, Hunt, make_ready, make_search, opening
 from durometer.tampers.gcg_prompts import SuffixTokens, place
-from durometer.tampers.gcg_scoring import Scorer, Work, first_swap
+from durometer.tampers.gcg_scoring import Objective, Scorer, Work, first_swap
+from durometer.tampers.gcg_screening import Bfloat16Products, Screening, screening_of
 from durometer.tampers.gcg_search import SuffixSearch
 
 MakeModel = Callable[..., Any]
@@ -253,6 +254,281 @@ def test_the_cache_can_be_left_out(subject: Subject) -> None:
     assert off.losses == pytest.approx(on.losses, rel=1e-5)
     assert off.spent.tokens == on.spent.tokens
     assert off.spent.flops > on.spent.flops
+
+
+# Objectives
+
+
+def per_token(logits: torch.Tensor, target: torch.Tensor) -> list[list[float]]:
+    """Return the cross-entropy of every token, one at a time."""
+    return [
+        [float(-torch.log_softmax(at, -1)[token]) for at, token in zip(row, target, strict=True)]
+        for row in logits.double()
+    ]
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
+def test_mellowmax_lies_between_the_mean_and_the_largest(alpha: float) -> None:
+    logits, target = 3 * torch.randn(4, 5, 30), torch.tensor([3, 1, 4, 1, 5])
+    found = Objective("mellowmax", alpha)(logits, target)
+    for loss, tokens in zip(found.tolist(), per_token(logits, target), strict=True):
+        mean = sum(math.exp(alpha * token) for token in tokens) / len(tokens)
+        assert loss == pytest.approx(math.log(mean) / alpha, rel=1e-5)
+        assert sum(tokens) / len(tokens) <= loss <= max(tokens)
+    (sharp,) = Objective("mellowmax", 200.0)(logits[:1], target).tolist()
+    assert sharp == pytest.approx(max(per_token(logits[:1], target)[0]), abs=0.02)
+
+
+def test_the_margin_is_none_once_greedy_decoding_gives_the_target() -> None:
+    logits, target = torch.randn(3, 4, 9), torch.tensor([0, 8, 2, 2])
+    for place_, token in enumerate(target):
+        logits[1, place_, token] = 9.0
+    expected = []
+    for row in logits:
+        gaps = []
+        for at, token in zip(row.tolist(), target.tolist(), strict=True):
+            others = [value for index, value in enumerate(at) if index != token]
+            gaps.append(max(0.0, max(others) - at[token]))
+        expected.append(sum(gaps) / len(gaps))
+    assert Objective("margin")(logits, target).tolist() == pytest.approx(expected)
+    assert expected[1] == 0.0
+
+
+@pytest.mark.parametrize("loss", ["mellowmax", "margin"])
+def test_every_loss_is_searched_by_its_own_gradient(make_model: MakeModel, loss: str) -> None:
+    subject = tiny_world.as_subject(make_model("Llama", initializer_range=0.3).double())
+    hunt, search = ready(subject, loss=loss, alpha=2.0)
+    prompt, suffix = hunt.start.prompts[0], hunt.start.suffix
+    embedding = subject.model.get_input_embeddings()
+    ids, target = torch.tensor([prompt.ids(suffix)]), torch.tensor(prompt.target)
+    one_hot = torch.nn.functional.one_hot(ids, len(embedding.weight)).double().requires_grad_()
+    logits = subject.model(inputs_embeds=one_hot @ embedding.weight, use_cache=False).logits
+    value = Objective(loss, 2.0)(logits[:, -len(target) - 1 : -1], target).sum()  # type: ignore[arg-type]
+    (slow,) = torch.autograd.grad(value, one_hot)
+    start = len(prompt.before)
+    assert search.initial.loss == pytest.approx(value.item(), rel=1e-6)
+    own = slow[0, start : start + len(suffix)].float()
+    assert torch.allclose(search.scorer.gradient(suffix), own, atol=1e-6)
+    realised, _ = attack(subject, loss=loss, alpha=2.0, steps=6)
+    assert realised.losses[-1] < realised.facts["initial_loss"]
+
+
+# Buffer
+
+
+def test_a_buffer_goes_on_from_its_best_as_nanogcg_does(subject: Subject) -> None:
+    _, search = ready(subject, buffer=4, candidates=4)
+    # A list of four, the worst replaced by what is better, the best gone on from.
+    kept = sorted((found.loss, found.suffix) for found in search.seen.values())[:4]
+    assert len(kept) == 4
+    for _ in range(8):
+        assert (search.current.loss, search.current.suffix) == kept[0]
+        before = dict(search.seen)
+        search.step()
+        tried = [found for suffix, found in search.seen.items() if suffix not in before]
+        for found in tried:
+            if found.loss < kept[-1][0]:
+                kept[-1] = (found.loss, found.suffix)
+                kept.sort()
+    assert search.best.loss < search.initial.loss
+
+
+@pytest.mark.parametrize("buffer", [0, 1, 4])
+def test_the_best_text_has_the_best_loss_with_any_buffer(subject: Subject, buffer: int) -> None:
+    realised, _ = attack(subject, steps=6, candidates=3, buffer=buffer)
+    hunt, _ = ready(subject)
+    facts = realised.facts
+    assert facts["loss"] == min(realised.losses)
+    assert facts["loss"] == pytest.approx(slow_loss(subject, hunt, tuple(facts["suffix_ids"])))
+    assert hunt.tokens.faithful(hunt.start.prompts, tuple(facts["suffix_ids"]), facts["suffix"])
+    assert facts["candidate_forwards"] == 1 + 6 * 3 + max(0, buffer - 1)
+
+
+def test_a_buffer_does_not_hide_a_loss_that_is_not_finite(subject: Subject) -> None:
+    _, search = ready(subject, buffer=1)
+    with torch.no_grad():
+        subject.model.lm_head.weight.fill_(math.nan)
+    search.step()
+    assert not math.isfinite(search.current.loss)
+
+
+# Memory
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, model: Any, rows: int) -> list[int]:
+    """Let a pass of more than ``rows`` rows run out of memory; return the rows of each pass."""
+    forward, seen = model.forward, list[int]()
+
+    def limited(*given: Any, **named: Any) -> Any:
+        ids = named.get("input_ids")
+        if ids is not None:
+            seen.append(len(ids))
+            if len(ids) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*given, **named)
+
+    monkeypatch.setattr(model, "forward", limited)
+    return seen
+
+
+def test_passes_that_do_not_fit_are_halved(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = attack(subject)
+    assert whole.facts["halvings"] == 0
+    seen = short_of_memory(monkeypatch, subject.model, 3)
+    halved, _ = attack(subject)
+    assert halved.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert halved.facts["suffix"] == whole.facts["suffix"]
+    assert halved.facts["candidate_forwards"] == whole.facts["candidate_forwards"]
+    assert halved.spent.tokens == whole.spent.tokens
+    # Once halved, later passes begin as small as what fitted.
+    assert 0 < halved.facts["halvings"] <= 4
+    assert max(seen[-8:]) <= 3
+
+
+def test_a_single_row_that_does_not_fit_is_told(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_of_memory(monkeypatch, subject.model, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        attack(subject)
+
+
+# Screening
+
+
+@pytest.fixture
+def screened(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> Subject:
+    """A subject screened from eight candidates on, whatever the processor."""
+    monkeypatch.setattr(gcg_screening, "SCREENED_FROM", 8)
+    monkeypatch.setattr(gcg_screening, "SPREAD_FIRST", 6)
+    monkeypatch.setattr(gcg_screening, "has_bfloat16", lambda device: True)
+    return tiny_world.as_subject(make_model("Llama", initializer_range=0.2))
+
+
+def test_rough_products_leave_the_model_as_it_was(screened: Subject) -> None:
+    model: Any = screened.model
+    before = weights_fingerprint(model)
+    ids = torch.tensor([[3, 5, 8]])
+    bias = torch.nn.Linear(4, 2)
+    with torch.no_grad():
+        exact, given = model(input_ids=ids).logits, torch.randn(3, 4)
+        with Bfloat16Products():
+            rough, biased = model(input_ids=ids).logits, bias(given)
+            shifted = bias(given.add_(1.0))
+        again = model(input_ids=ids).logits
+    assert rough.dtype == biased.dtype == torch.float32
+    assert not torch.equal(rough, exact)
+    assert torch.allclose(rough, exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
+    # An input written to in place is rounded anew.
+    assert torch.allclose(shifted, bias(given), atol=0.05)
+    assert torch.allclose(biased, bias(given - 1.0), atol=0.05)
+    assert torch.equal(again, exact)
+    assert weights_fingerprint(model) == before
+
+
+@pytest.mark.parametrize("items", [1, 3])
+def test_screening_chooses_what_exact_scoring_chooses(screened: Subject, items: int) -> None:
+    wide: dict[str, Any] = {"candidates": 40, "top_k": 16, "steps": 4, "items": items}
+    exact, _ = attack(screened, screening=False, **wide)
+    rough, _ = attack(screened, **wide)
+    assert rough.losses == pytest.approx(exact.losses, rel=1e-6)
+    assert rough.facts["suffix"] == exact.facts["suffix"]
+    assert rough.facts["candidate_forwards"] == exact.facts["candidate_forwards"]
+    assert rough.spent.tokens == exact.spent.tokens
+    assert "of 160 candidates scored again exactly" in rough.facts["screening"]
+    assert exact.facts["screening"] == "off"
+
+
+class RoughScorer:
+    """Scores a list of losses: exact ones, or the same with errors within rough products."""
+
+    def __init__(self, exact: torch.Tensor, errors: torch.Tensor) -> None:
+        self.exact, self.rough, self.work = exact, exact + errors, Work()
+        self.asked: list[int] = []
+
+    def extend(self, current: Any) -> None:
+        pass
+
+    def losses(self, suffixes: Any, current: Any) -> torch.Tensor:
+        index = [suffix[0] for suffix in suffixes]
+        self.work.candidates += len(index)
+        if len(index) == len(self.exact) and not self.work.gradient_tokens:
+            self.work.gradient_tokens = 1
+            return self.rough
+        self.asked += index
+        return self.exact[index]
+
+
+def screen(exact: torch.Tensor, errors: torch.Tensor) -> tuple[Screening, RoughScorer, Any]:
+    scorer: Any = RoughScorer(exact, errors)
+    screening = Screening(scorer)
+    return screening, scorer, screening.losses([(i,) for i in range(len(exact))], (0,))
+
+
+def test_what_is_not_ruled_out_is_scored_exactly() -> None:
+    generator = torch.Generator().manual_seed(3)
+    exact = torch.rand(200, generator=generator)
+    # All rough losses are far too low alike, and each a little off on its own.
+    errors = 0.02 * (2 * torch.rand(200, generator=generator) - 1) - 0.7
+    screening, scorer, losses = screen(exact, errors)
+    assert int(losses.argmin()) == int(exact.argmin())
+    known = losses.isfinite()
+    assert torch.equal(losses[known], exact[known])
+    assert sorted(scorer.asked) == known.nonzero()[:, 0].tolist()
+    assert screening.rescored == int(known.sum()) < 60
+    assert 0.01 < screening.error < 0.05
+    # Counted once each, though some were scored twice.
+    assert scorer.work.candidates == screening.screened == 200
+
+
+def test_errors_larger_than_thought_widen_the_search() -> None:
+    exact = torch.linspace(0.5, 1.0, 100)
+    errors = torch.zeros(100)
+    screening, _, _ = screen(exact, errors)
+    assert screening.error == pytest.approx(0.0, abs=1e-6)
+    # The best looks worse than the fifth, but a far larger error is seen among the least.
+    errors[0], errors[1] = 0.06, -0.05
+    screening._scorer = RoughScorer(exact, errors)  # type: ignore[assignment]
+    losses = screening.losses([(i,) for i in range(100)], (0,))
+    assert int(losses.argmin()) == 0
+    assert screening.widened == 2
+    assert "widened 2 times" in screening.summary()
+
+
+def test_losses_that_are_not_finite_are_all_scored_exactly() -> None:
+    errors = torch.zeros(60)
+    errors[7] = math.nan
+    _, scorer, losses = screen(torch.linspace(1, 2, 60), errors)
+    assert torch.equal(losses, scorer.exact)
+
+
+def test_a_winner_that_is_unfaithful_brings_back_what_was_ruled_out(
+    screened: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hunt, search = ready(screened, candidates=40, top_k=16)
+    candidates = search.candidates(search.scorer.gradient(hunt.start.suffix))
+    suffixes = [suffix for suffix, _ in candidates]
+    losses = search.scorer.losses(suffixes, hunt.start.suffix)
+    order = losses.argsort().tolist()
+    only = torch.full_like(losses, math.inf)
+    only[order[0]] = losses[order[0]]
+    refused = suffixes[order[0]]
+    monkeypatch.setattr(SuffixTokens, "faithful", lambda self, prompts, s, text: s != refused)
+    assert search._best_of(candidates, only).suffix == suffixes[order[1]]
+
+
+def test_where_screening_is_off_it_says_why(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("Llama")
+    monkeypatch.setattr(gcg_screening, "has_bfloat16", lambda device: False)
+    assert screening_of(Scorer(model, [])) == "off: cpu has no bfloat16 arithmetic"
+    assert screening_of(Scorer(model.bfloat16(), [])) == "off: the subject is in bfloat16"
+    monkeypatch.undo()
+    assert gcg_screening.has_bfloat16(torch.device("cpu")) in {True, False}
+    assert not gcg_screening.has_bfloat16(torch.device("meta"))
 
 
 # Text and tokens
@@ -562,7 +838,17 @@ def test_too_few_tokens_are_refused(subject: Subject, monkeypatch: pytest.Monkey
         make_search(subject, hunt, settings(), SEEDS)
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"target": "refusal"}, {"candidates": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps": 0},
+        {"target": "refusal"},
+        {"candidates": 0},
+        {"buffer": 17},
+        {"loss": "hinge"},
+        {"alpha": 0},
+    ],
+)
 def test_bad_settings_are_named(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
         make_tamper("gcg", **bad)

@@ -18,6 +18,8 @@ from durometer.subjects.base import Subject
 from durometer.tampers.base import Access, Checkpoint, OnCheckpoint, Realised, Tamper, tamper
 from durometer.tampers.data import order_hash, training_items
 from durometer.tampers.gcg_prompts import Start, SuffixTokens, begin, row_with
+from durometer.tampers.gcg_scoring import Objective, ObjectiveName
+from durometer.tampers.gcg_screening import Screening
 from durometer.tampers.gcg_search import Found, SearchPlan, SuffixSearch
 
 # Words of a response that count as its opening where the item names no stem.
@@ -50,6 +52,28 @@ class SearchSettings(Settings):
         "what the suffix makes likely: the opening of the answer, the whole answer, or a random "
         "string of the opening's length (a control: reaching it shows no knowledge)",
         search=Levels(("affirmative", "answer", "random")),
+    )
+    loss: ObjectiveName = setting(
+        "cross_entropy",
+        "what is minimised over the target's tokens: the mean cross-entropy, mellowmax (its soft "
+        "maximum), or margin (how far each token is from being the greedy one)",
+        search=Levels(("cross_entropy", "mellowmax", "margin")),
+    )
+    alpha: float = setting(
+        1.0, "sharpness of mellowmax; large is the maximum", search=Between(0.1, 10, log=True), gt=0
+    )
+    buffer: int = setting(
+        0,
+        "0 moves to the best candidate of every step, better or not; else the search stays at the "
+        "best of all, begun at the best of the first suffix and buffer - 1 random ones",
+        search=Levels((0, 1, 4, 16)),
+        ge=0,
+        le=16,
+    )
+    screening: bool = setting(
+        True,
+        "whether an fp32 subject's candidates are scored in bfloat16 first, and exactly wherever "
+        "one may be the best (on devices with bfloat16 arithmetic; the errors are measured)",
     )
 
 
@@ -115,9 +139,19 @@ def make_search(
     subject: Subject, hunt: Hunt, settings: SearchSettings, seeds: Seeds, *, cached: bool = True
 ) -> SuffixSearch:
     """Return the search that ``settings`` describe; candidates are drawn by the sampling seed."""
-    plan = SearchPlan(settings.steps, settings.candidates, settings.top_k, settings.swaps)
-    generator = torch.Generator().manual_seed(seeds.sampling)
-    return SuffixSearch(subject.model, hunt.tokens, hunt.start, plan, generator, cached=cached)
+    plan = SearchPlan(
+        settings.steps, settings.candidates, settings.top_k, settings.swaps, settings.buffer
+    )
+    return SuffixSearch(
+        subject.model,
+        hunt.tokens,
+        hunt.start,
+        plan,
+        torch.Generator().manual_seed(seeds.sampling),
+        cached=cached,
+        objective=Objective(settings.loss, settings.alpha),
+        screening=settings.screening,
+    )
 
 
 def _random_target(
@@ -277,4 +311,10 @@ class _Ledger:
             "candidate_forwards": search.scorer.work.candidates,
             "allowed_tokens": int(self._hunt.tokens.allowed.sum()),
             "prefix_cache": search.cache,
+            "screening": _told(search.screening),
+            "halvings": search.scorer.work.halvings,
         }
+
+
+def _told(screening: Screening | str) -> str:
+    return screening if isinstance(screening, str) else screening.summary()

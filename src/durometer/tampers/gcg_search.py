@@ -1,5 +1,6 @@
 """Greedy coordinate gradient: the search for a suffix that makes targets likely."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -9,7 +10,8 @@ from torch import nn
 
 from durometer.core.errors import DurometerError, NotApplicableError
 from durometer.tampers.gcg_prompts import Start, Suffix, SuffixTokens
-from durometer.tampers.gcg_scoring import Scorer
+from durometer.tampers.gcg_scoring import Objective, Scorer
+from durometer.tampers.gcg_screening import screening_of
 
 # How often more candidates are drawn when too few of them survive as text.
 REFILLS = 8
@@ -24,12 +26,15 @@ class SearchPlan:
         candidates: suffixes scored a step.
         top_k: replacements a position that the gradient proposes.
         swaps: tokens swapped in each candidate of the first step.
+        buffer: 0 moves to the best candidate of every step; else the search stays at the best
+            suffix of all, and begins at the best of the first and ``buffer - 1`` random ones.
     """
 
     steps: int
     candidates: int
     top_k: int
     swaps: int = 1
+    buffer: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,10 @@ class Found:
 
 
 class SuffixSearch:
-    """Moves to the best candidate of every step, better or not, and remembers the best of all.
+    """Moves to the best candidate of every step, and remembers the best of all.
+
+    A buffer of the best suffixes, from whose best each step goes on (nanoGCG), never uses its other
+    entries after the first step; so it is not kept, see ``SearchPlan.buffer``.
 
     Args:
         model: causal language model; not changed.
@@ -50,7 +58,8 @@ class SuffixSearch:
         start: first suffix and the prompts.
         plan: widths and lengths.
         generator: draws the candidates, on the CPU.
-        cached: see ``Scorer``.
+        cached, objective: see ``Scorer``.
+        screening: whether to score roughly first where that pays, see ``gcg_screening``.
     """
 
     def __init__(
@@ -62,8 +71,11 @@ class SuffixSearch:
         generator: torch.Generator,
         *,
         cached: bool = True,
+        objective: Objective | None = None,
+        screening: bool = True,
     ) -> None:
-        self.scorer = Scorer(model, start.prompts, cached=cached)
+        self.scorer = Scorer(model, start.prompts, cached=cached, objective=objective)
+        self.screening = screening_of(self.scorer) if screening else "off"
         self._tokens, self._plan, self._generator = tokens, plan, generator
         self._prompts = start.prompts
         self._replacements = min(plan.top_k, int(tokens.allowed.sum()) - 1)
@@ -77,6 +89,7 @@ class SuffixSearch:
         self.initial = self.current = self.best = Found(loss, start.suffix, start.text)
         self.seen = {start.suffix: self.initial}
         self.steps = 0
+        self._fill(plan.buffer - 1)
 
     def step(self) -> Found:
         """Make one step and return the suffix moved to.
@@ -89,13 +102,27 @@ class SuffixSearch:
         suffixes = [suffix for suffix, _ in candidates]
         if self.steps == 0 and self.scorer.cached:
             self.cache = self.scorer.check(suffixes, self.current.suffix)
-        losses = self.scorer.losses(suffixes, self.current.suffix)
-        self.current = self._best_of(candidates, losses)
-        if self.current.loss < self.best.loss:
-            self.best = self.current
-        self.seen.setdefault(self.current.suffix, self.current)
+        scorer = self.scorer if isinstance(self.screening, str) else self.screening
+        losses = scorer.losses(suffixes, self.current.suffix)
+        self._move(self._best_of(candidates, losses))
         self.steps += 1
         return self.current
+
+    def _move(self, found: Found) -> None:
+        """Go on from ``found``, or with a buffer from the best."""
+        self.seen.setdefault(found.suffix, found)
+        if found.loss < self.best.loss:
+            self.best = found
+        stay = self._plan.buffer and math.isfinite(found.loss)
+        self.current = self.best if stay else found
+
+    def _fill(self, count: int) -> None:
+        """Try random suffixes as the beginning."""
+        for _ in range(count):
+            drawn = self._tokens.random(self._prompts, len(self.initial.suffix), self._generator)
+            if drawn is not None:
+                loss = float(self.scorer.losses([drawn[0]], drawn[0])[0])
+                self._move(Found(loss, *drawn))
 
     def candidates(self, gradient: torch.Tensor) -> list[tuple[Suffix, str]]:
         """Return up to ``plan.candidates`` different suffixes that survive as text.
@@ -125,6 +152,10 @@ class SuffixSearch:
             suffix, text = candidates[index]
             if self._tokens.faithful(self._prompts, suffix, text):
                 return Found(float(losses[index]), suffix, text)
+            if bool(losses.isinf().any()):  # the next best may be one that was ruled out
+                suffixes = [suffix for suffix, _ in candidates]
+                losses = self.scorer.losses(suffixes, self.current.suffix)
+                return self._best_of(candidates, losses)
         raise _lost()
 
     def _proposed(self, gradient: torch.Tensor) -> torch.Tensor:
