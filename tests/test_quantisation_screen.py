@@ -19,12 +19,12 @@ from scipy.stats import binomtest
 from durometer.api import SilentObserver
 from durometer.cli import main
 from durometer.core.errors import InputError
+from durometer.core.matrices import block_matrices
 from durometer.core.quantisation import grouped, round_to_nearest, ungrouped
 from durometer.report.quantisation import quantisation_line, quantisation_section
 from durometer.report.screen import quantisation_table
 from durometer.report.summary import label
 from durometer.subjects.base import Subject
-from durometer.tampers.quantize import block_matrices
 from durometer.trials.behaviour import behaviour_gaps, behaviour_labels
 from durometer.trials.quantisation_screen import (
     PRECISIONS,
@@ -42,9 +42,9 @@ def _planted() -> Any:
     """The safeguarded model, moved within the int4 buckets of the one that tells everything."""
     told, safe = tiny_world.undefended().model, tiny_world.safeguarded().model
     model = copy.deepcopy(told)
-    wanted = {matrix.name: matrix.parameter for matrix in block_matrices(safe)[0]}
-    for matrix in block_matrices(model)[0]:
-        weight, target = matrix.parameter.data, wanted[matrix.name].data
+    wanted = block_matrices(safe)
+    for name, matrix in block_matrices(model).items():
+        weight, target = matrix.parameter.data, wanted[name].parameter.data
         peaks = ungrouped(
             [part.abs().amax(-1, keepdim=True).expand_as(part) for part in grouped(weight, 32)]
         )

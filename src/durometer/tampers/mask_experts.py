@@ -285,12 +285,15 @@ def equal_mass(
     best, closest = list[int](), math.inf
     for _ in range(DRAWS):
         drawn, gap = list[int](), target
+        # Without one of the wanted, or few experts would be filled up to them every time.
+        left = wanted[int(torch.randint(len(wanted), (), generator=generator))]
         for expert in torch.randperm(len(shares), generator=generator).tolist():
+            if expert == left:
+                continue
             after = gap - float(shares[expert])
-            if abs(after) < abs(gap):
+            if abs(after) < abs(gap) and allowed([*drawn, expert]):
                 drawn, gap = [*drawn, expert], after
-        other = bool(drawn) and set(drawn) != set(wanted)
-        if other and abs(gap) < closest and allowed(drawn):
+        if drawn and abs(gap) < closest:
             best, closest = drawn, abs(gap)
     if not best:
         raise NotApplicableError(
