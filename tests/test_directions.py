@@ -496,11 +496,21 @@ def test_a_negative_strength_brings_refusal_about(safe: Subject) -> None:
 
 
 def test_bounds_that_nothing_meets_give_no_effect(safe: Subject) -> None:
-    realised, _, _ = attack(safe, kl_bound=1e-12)
-    assert realised.status == "no_effect"
-    assert "within the bounds" in realised.reason
-    realised, _, _ = attack(safe, induce_bound=1e6)
-    assert realised.status == "no_effect"
+    for bound in ({"kl_bound": 1e-12}, {"induce_bound": 1e6}):
+        realised, _, _ = attack(safe, bounds="required", **bound)
+        assert realised.status == "no_effect"
+        assert "within the bounds" in realised.reason
+
+
+def test_without_a_direction_within_the_bounds_the_least_harmful_is_taken(safe: Subject) -> None:
+    tight, _, _ = attack(safe, kl_bound=1e-12)
+    plain, _, _ = attack(safe)
+    assert (tight.status, plain.status) == ("done", "done")
+    chosen = tight.facts["direction"]
+    assert not chosen["within_bounds"]
+    assert plain.facts["direction"]["within_bounds"]
+    assert chosen["bypass"] < 0
+    assert chosen["kl"] <= plain.facts["direction"]["kl"]
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])

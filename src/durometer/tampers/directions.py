@@ -43,6 +43,11 @@ class DirectionSettings(Settings):
     induce_bound: float = setting(
         0.0, "least log-odds of refusing a harmless prompt once the direction is added"
     )
+    bounds: Literal["preferred", "required"] = setting(
+        "preferred",
+        "what to do where no direction keeps both bounds: take the one that ends refusals at the "
+        "least KL divergence, or give up",
+    )
     rank: int = setting(1, "number of directions", search=Between(1, 30), ge=1, le=64)
 
 
@@ -63,6 +68,7 @@ class Direction:
         untouched: the same with nothing done.
         induce: mean log-odds of refusing a harmless prompt with the mean difference added.
         kl: mean KL divergence of the next token on harmless prompts, direction taken out, nats.
+        within_bounds: whether ``induce`` and ``kl`` keep the bounds of the settings.
     """
 
     layer: int
@@ -73,10 +79,11 @@ class Direction:
     untouched: float
     induce: float
     kl: float
+    within_bounds: bool
 
     def facts(self) -> dict[str, Any]:
         """Return what belongs into the record."""
-        named = ("layer", "position", "bypass", "untouched", "induce", "kl")
+        named = ("layer", "position", "bypass", "untouched", "induce", "kl", "within_bounds")
         norm = float(self.mean_difference.norm())
         return {name: getattr(self, name) for name in named} | {"norm": norm}
 
@@ -267,18 +274,29 @@ class DirectionSearch:
         ranked = sorted(
             (self._bypass(refused, difference), place) for place, difference in candidates.items()
         )
+        outside = list[Direction]()
         for bypass, place in ranked:
             if not bypass < untouched:
                 break
             difference = candidates[place]
             induce = self._induce(answered, place[0], difference)
             kl = self._kl(answered, difference)
-            if induce >= self._settings.induce_bound and kl <= self._settings.kl_bound:
-                basis = self._basis(candidates, place, refused)
-                return Direction(*place, difference, basis, bypass, untouched, induce, kl)
+            kept = induce >= self._settings.induce_bound and kl <= self._settings.kl_bound
+            basis = self._basis(candidates, place, refused)
+            found = Direction(*place, difference, basis, bypass, untouched, induce, kl, kept)
+            if kept:
+                return found
+            outside.append(found)
+        if outside and self._settings.bounds == "preferred":
+            return _least_harm(outside)
         raise NothingFoundError(
-            f"none of {len(candidates)} directions lowers refusal within the bounds "
-            f"(KL {self._settings.kl_bound:g}, induce {self._settings.induce_bound:g})"
+            f"none of {len(candidates)} directions lowers refusal"
+            + (
+                f" within the bounds (KL {self._settings.kl_bound:g}, induce "
+                f"{self._settings.induce_bound:g})"
+                if outside
+                else ""
+            )
         )
 
     def _prompts(self, data: Domain, seeds: Seeds) -> tuple[_Prompts, _Prompts]:
@@ -373,6 +391,18 @@ class DirectionSearch:
             missing = self._settings.rank - basis.shape[1]
             basis = torch.cat([basis, _main_directions(vectors, basis)[:, :missing]], 1)
         return orthonormal(basis)
+
+
+def _least_harm(found: Sequence[Direction]) -> Direction:
+    """Return the direction without which refusing is unlikely, at the least KL divergence.
+
+    What an attacker would take: the harm is measured afterwards. Where none goes so far, the one
+    that lowers refusal most.
+    """
+    ending = [direction for direction in found if direction.bypass < 0]
+    if not ending:
+        return min(found, key=lambda direction: direction.bypass)
+    return min(ending, key=lambda direction: direction.kl)
 
 
 def _main_directions(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
