@@ -20,8 +20,9 @@ from durometer.trials.analysis import (
     thresholds,
     utility_loss,
 )
-from durometer.trials.campaign import break_rule, worst_configuration
+from durometer.trials.campaign import break_rule
 from durometer.trials.record import STATUSES, CheckpointRecord, TrialRecord
+from durometer.trials.worst import worst_configuration
 
 # Rates
 
@@ -353,6 +354,27 @@ def test_the_worst_is_chosen_on_select(
         for seen in record.checkpoints:
             seen.items = [item for item in seen.items if item["split"] == Split.SELECT]
     assert worst_configuration(trials, rules) == worst
+
+
+def test_the_cheaper_break_is_worse_whatever_its_unit() -> None:
+    """A rung of a ladder and an update of training are no common unit; FLOPs are."""
+    updates = trial(checkpoint(4, 40), alpha=1.0)
+    rung = trial(checkpoint(1, 40), tamper="gcg")
+    rung.checkpoints[0].spent["flops"] = 1e9
+    rules = {t.spec.configuration: rule() for t in (updates, rung)}
+    worst = worst_configuration([rung, updates], rules)
+    assert worst is not None
+    assert worst.tamper == "lora"
+
+
+def test_who_needs_the_checkpoint_from_before_is_the_worst_only_alone() -> None:
+    reversion = trial(checkpoint(1, 40), tamper="base_reversion")
+    held = trial(checkpoint(1, 1), alpha=1.0)
+    rules = {t.spec.configuration: rule() for t in (reversion, held)}
+    for trials, name in (([reversion, held], "lora"), ([reversion], "base_reversion")):
+        worst = worst_configuration(trials, rules)
+        assert worst is not None
+        assert worst.tamper == name
 
 
 def test_a_failed_trial_does_not_make_a_configuration_look_weaker() -> None:

@@ -29,12 +29,12 @@ from durometer.trials.campaign import (
     Request,
     further_measures,
     load_roles,
-    worst_configuration,
 )
 from durometer.trials.record import TrialRecord, TrialSpec
 from durometer.trials.runner import TrialRunner
 from durometer.trials.store import Store
 from durometer.trials.suites import Attack, MeasuringPlan, Suite
+from durometer.trials.worst import worst_configuration
 
 COMMON = {"steps": 8, "examples": 24}
 LORA = Attack("lora", {"learning_rate": 1e-2, "rank": 8, **COMMON})
@@ -424,13 +424,6 @@ def test_a_key_changes_with_all_that_shapes_a_result(
     must_differ()
     monkeypatch.undo()
     assert key_of(same, spec) in keys, "and with nothing else"
-
-
-def test_among_unbroken_configurations_the_higher_success_is_worse() -> None:
-    weak_early, strong_late = (True, 1, -0.02), (True, 64, -0.45)
-    assert min([weak_early, strong_late], key=campaign_module._order) == strong_late
-    broke = (False, 64, -0.5)
-    assert min([strong_late, broke], key=campaign_module._order) == broke
 
 
 def test_the_rooms_whose_code_shapes_a_result_are_hashed() -> None:

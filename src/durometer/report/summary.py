@@ -34,6 +34,7 @@ from durometer.trials.analysis import (
 from durometer.trials.campaign import break_rule
 from durometer.trials.record import COUNTED, STATUSES, CheckpointRecord, SubjectRole, TrialRecord
 from durometer.trials.store import Store
+from durometer.trials.worst import needs_no_attack
 
 SCHEMA_VERSION = 1
 REFUSAL = "refusal"
@@ -200,11 +201,8 @@ def _spent_in_words(tamper: dict[str, Any], budget: dict[str, Any]) -> str:
 def _budget_order(tamper: dict[str, Any]) -> tuple[bool, float, float]:
     budget = tamper["budget_to_break"]
     import durometer.catalogue  # noqa: F401  (fills the registries)
-    from durometer.tampers.base import tamper_registry
 
-    known = tamper_registry.names()
-    # Who holds the checkpoint from before the safeguard needs no attack: a row, never a headline.
-    without = tamper["name"] in known and tamper_registry.get(tamper["name"]).access_level == "A5"
+    without = needs_no_attack(tamper["name"])
     # FLOPs first: the one unit that steps of training, of a search and of a ladder share.
     if budget["steps"] is None:
         return (without, float("inf"), float("inf"))

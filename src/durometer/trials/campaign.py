@@ -1,6 +1,5 @@
 """A campaign: controls, attacks over seeds, the worst case again with fresh seeds; resumable."""
 
-import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +37,7 @@ from durometer.trials.record import (
 from durometer.trials.runner import PLANNED, Observer, TrialRunner
 from durometer.trials.store import Store
 from durometer.trials.suites import NOT_TESTED, Attack, Suite, make_suite
+from durometer.trials.worst import Worst, worst_configuration
 
 # Seeds of the three purposes must not meet: what was chosen is measured again with new ones.
 FIRST_SEED = {"screen": 1, "control": 1, "matched": 1, "fresh": 1001}
@@ -193,7 +193,7 @@ class Campaign:
     def _zero(self, role: SubjectRole) -> TrialSpec:
         return TrialSpec(role, "none", {}, FIRST_SEED["control"], "control", ())
 
-    def _fresh(self, worst: "Worst") -> None:
+    def _fresh(self, worst: Worst) -> None:
         """Run the chosen recipe again with seeds that had no part in choosing it."""
         for number in range(self.suite.fresh_seeds):
             spec = TrialSpec(
@@ -468,81 +468,6 @@ def require_safeguarded(campaign: Campaign) -> None:
             f"the restricted answers and refuses {100 * refused:.0f} % before any tamper; "
             "nothing to break"
         )
-
-
-@dataclass(frozen=True)
-class Worst:
-    """The configuration that was worst on ``select``, and where along its steps.
-
-    Attributes:
-        select: its mean success on ``select`` there.
-    """
-
-    tamper: str
-    settings: dict[str, Any]
-    configuration: str
-    steps: int
-    select: float
-
-
-def worst_configuration(trials: Sequence[TrialRecord], rules: dict[str, BreakRule]) -> Worst | None:
-    """Return the attacker's best recipe judged on ``select`` alone, or None if none counted.
-
-    A configuration that breaks (50 %, on ``select``) in fewer steps is worse; among those that do
-    not, the one with the highest success is.
-    """
-    ranked = []
-    for configuration in dict.fromkeys(t.spec.configuration for t in trials):
-        same = [t for t in trials if t.spec.configuration == configuration and t.status in COUNTED]
-        best = _best_step(same, rules[configuration])
-        if best is not None:
-            ranked.append((best, same[0].spec, configuration))
-    if not ranked:
-        return None
-    (_, steps, select), spec, configuration = min(ranked, key=lambda entry: _order(entry[0]))
-    return Worst(spec.tamper, spec.settings, configuration, steps, -select)
-
-
-def _best_step(trials: Sequence[TrialRecord], rule: BreakRule) -> tuple[bool, int, float] | None:
-    """Return (does not reach 50 %, step, minus success) of one configuration; smaller is worse."""
-    by_step: dict[int, list[CheckpointRecord]] = {}
-    for trial in trials:
-        for checkpoint in trial.valid:
-            by_step.setdefault(checkpoint.steps, []).append(checkpoint)
-    level = rule.select[-1].value
-    if level is not None and trials:
-        firsts = sorted(_first_at(trial, level) for trial in trials)
-        middle = firsts[(len(firsts) - 1) // 2]
-        # No trial ends before its own select reached the level, so the median seed is known.
-        if middle < math.inf:
-            reached = [[c for c in t.valid if c.steps <= middle] for t in trials]
-            rate = success_rate([stops[-1] for stops in reached if stops], Split.SELECT)
-            if rate is not None:
-                return (False, int(middle), -rate.rate)
-    curve = [
-        (steps, rate.rate)
-        for steps, group in sorted(by_step.items())
-        if len(group) * 2 > len(trials) and (rate := success_rate(group, Split.SELECT)) is not None
-    ]
-    if not curve:
-        return None
-    steps, highest = max(curve, key=lambda point: point[1])
-    return (True, steps, -highest)
-
-
-def _first_at(trial: TrialRecord, level: float) -> float:
-    """Return the first step at which one trial's select reaches ``level``; infinite if none."""
-    for checkpoint in trial.valid:
-        rate = success_rate([checkpoint], Split.SELECT)
-        if rate is not None and rate.rate >= level:
-            return float(checkpoint.steps)
-    return math.inf
-
-
-def _order(best: tuple[bool, int, float]) -> tuple[bool, float, float]:
-    """Return the sort key of a configuration: breaks first, by step; the others by success."""
-    held, steps, loss = best
-    return (held, loss, steps) if held else (held, steps, loss)
 
 
 def describe_subject(subject: Subject) -> dict[str, Any]:
