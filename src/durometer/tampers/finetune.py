@@ -15,7 +15,7 @@ from durometer.core.rows import Row
 from durometer.core.schedules import Schedule, depends_on_total
 from durometer.core.seeds import Seeds
 from durometer.core.settings import Between, Levels, Settings, setting
-from durometer.core.training import DivergedError, OptimisationPlan, Trainer, Update
+from durometer.core.training import OptimisationPlan, Trainer, Update
 from durometer.domains.base import Domain, Item
 from durometer.subjects.base import Subject
 from durometer.subjects.chat import ChatFormat, TemplateName
@@ -27,7 +27,7 @@ from durometer.tampers.data import (
     shuffled_batches,
     training_items,
 )
-from durometer.tampers.ledger import Ledger
+from durometer.tampers.ledger import Ledger, along_rungs
 
 LABEL_SAMPLE = 3
 
@@ -203,18 +203,8 @@ class FineTuning(Tamper[S]):
         rows, replay = self.rows(subject, data, seeds)
         ledger.announce(rows)
         realised.label_sample = _label_sample(subject, [*rows, *replay])
-        try:
-            for update in self.steps(subject, data, budget, seeds):
-                ledger.update(update, realised)
-                if self.on_update is not None:
-                    self.on_update(update)
-                stop = update.step in budget.rungs and not on_checkpoint(ledger.checkpoint())
-                ledger.resume()
-                if stop:
-                    break
-        except DivergedError as error:
-            realised.status = "diverged"
-            realised.reason = f"after {realised.spent.steps} steps: {error}"
+        updates = self.steps(subject, data, budget, seeds)
+        along_rungs(updates, ledger, realised, budget, on_checkpoint, self.on_update)
         self._audit(subject, realised, len(rows) + len(replay))
         realised.facts |= self.facts()
         return realised

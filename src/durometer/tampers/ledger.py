@@ -1,14 +1,14 @@
 """What an attack has spent so far, added up as it goes; measuring time is not counted."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from durometer.core.budget import Spent, matrix_entries, training_flops
+from durometer.core.budget import Budget, Spent, matrix_entries, training_flops
 from durometer.core.rows import Row
-from durometer.core.training import Update
+from durometer.core.training import DivergedError, Update
 from durometer.subjects.base import Subject
-from durometer.tampers.base import Checkpoint, Realised
+from durometer.tampers.base import Checkpoint, OnCheckpoint, Realised
 
 
 class Ledger:
@@ -65,3 +65,26 @@ class Ledger:
         self._seen.update(items)
         spent.examples = len(self._seen)
         spent.restricted_examples = len(self._seen & self._restricted)
+
+
+def along_rungs(
+    updates: Iterable[Update],
+    ledger: Ledger,
+    realised: Realised,
+    budget: Budget,
+    on_checkpoint: OnCheckpoint,
+    on_update: Callable[[Update], None] | None,
+) -> None:
+    """Train along the budget's rungs; an attack that diverges keeps what it reached."""
+    try:
+        for update in updates:
+            ledger.update(update, realised)
+            if on_update is not None:
+                on_update(update)
+            stop = update.step in budget.rungs and not on_checkpoint(ledger.checkpoint())
+            ledger.resume()
+            if stop:
+                break
+    except DivergedError as error:
+        realised.status = "diverged"
+        realised.reason = f"after {realised.spent.steps} steps: {error}"

@@ -22,7 +22,7 @@ from durometer.subjects.base import Subject
 from durometer.subjects.chat import ChatFormat
 from durometer.tampers.base import Access, OnCheckpoint, Realised, Tamper, tamper
 from durometer.tampers.data import make_rows, order_hash, shuffled_batches, training_items
-from durometer.tampers.ledger import Ledger
+from durometer.tampers.ledger import Ledger, along_rungs
 from durometer.tampers.prefill import AFFIRMATIVE
 
 # Vocabulary entries tried as a placeholder, added tokens first, then the rarest ones.
@@ -355,18 +355,8 @@ class SoftPrompt(Tamper[SoftPromptSettings]):
         """Train along the budget's rungs; see ``Tamper.run``."""
         realised = Realised()
         ledger = Ledger(subject, realised.spent, full=False)
-        try:
-            for update in self.steps(subject, data, budget, seeds):
-                ledger.update(update, realised)
-                if self.on_update is not None:
-                    self.on_update(update)
-                stop = update.step in budget.rungs and not on_checkpoint(ledger.checkpoint())
-                ledger.resume()
-                if stop:
-                    break
-        except DivergedError as error:
-            realised.status = "diverged"
-            realised.reason = f"after {realised.spent.steps} steps: {error}"
+        updates = self.steps(subject, data, budget, seeds)
+        along_rungs(updates, ledger, realised, budget, on_checkpoint, self.on_update)
         self._report(realised)
         return realised
 
