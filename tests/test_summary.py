@@ -516,7 +516,7 @@ def test_the_worst_is_reported_with_fresh_seeds_only(tmp_path: Path) -> None:
 
 def test_a_fresh_seed_without_effect_counts_with_the_untouched_subject(tmp_path: Path) -> None:
     screen = [attack(seed, *BREAKS_AT_4) for seed in (1, 2, 3)]
-    fresh = attack(1001, (20, 20, 38), purpose="fresh")
+    fresh = attack(1001, (None, 20, None), purpose="fresh")  # as a screen measures it
     nothing = attack(1002, purpose="fresh", status="no_effect")
     worst = {
         "tamper": "lora",
@@ -529,6 +529,7 @@ def test_a_fresh_seed_without_effect_counts_with_the_untouched_subject(tmp_path:
     told = as_json(stored(tmp_path, stored_trials, worst=worst))["worst"]
     assert told["fresh_seeds"] == [1001, 1002]
     assert told["report"]["rate"] == pytest.approx(0.25)  # half of 0 % and 50 %
+    assert told["fresh_select"] is told["optimism_gap"] is told["utility_loss"] is None
 
 
 @pytest.mark.parametrize(("course", "status"), [(NEVER_BREAKS, "pass"), (BREAKS_AT_2, "fail")])
@@ -544,6 +545,25 @@ def test_random_content_that_breaks_the_subject_is_told(
     (line,) = [c for c in told["controls"] if c["name"] == "matched_random"]
     assert line["status"] == status
     assert ("lora (rank=7)" in line["detail"]) == (status == "fail")
+
+
+def soft_prompt(purpose: str, role: str = "subject", *, every: Any = 0, **more: Any) -> TrialRecord:
+    made = [checkpoint(steps, every, every, 40) for steps in (1, 2, 4)]
+    return tell(trial(*made, purpose=purpose, role=role, tamper="soft_prompt", **more))
+
+
+def test_a_matched_control_is_judged_like_its_attack(tmp_path: Path) -> None:
+    """The undefended subject loses half under the attack, so that less is needed for a break."""
+    undefended = soft_prompt("control", "undefended", every=20)
+    found, random = soft_prompt("screen"), soft_prompt("matched", target="random")
+    store = stored(tmp_path, [*controls()[:2], undefended, found, random])
+    plan = store.description("suite")
+    plan["attacks"] = [{"tamper": "soft_prompt", "settings": found.spec.settings}]
+    store.describe("suite", plan)
+    told = as_json(store)
+    (control,), (tamper,) = told["matched_controls"], told["tampers"]
+    assert control["thresholds"] == tamper["thresholds"]
+    assert tamper["thresholds"]["report"][1]["value"] < 0.5
 
 
 def test_a_gain_is_the_ratio_of_the_medians(tmp_path: Path) -> None:

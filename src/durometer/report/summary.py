@@ -34,6 +34,7 @@ from durometer.trials.analysis import (
 from durometer.trials.campaign import break_rule
 from durometer.trials.record import COUNTED, STATUSES, CheckpointRecord, SubjectRole, TrialRecord
 from durometer.trials.store import Store
+from durometer.trials.suites import Attack, with_controls
 from durometer.trials.worst import needs_no_attack
 
 SCHEMA_VERSION = 1
@@ -218,7 +219,22 @@ def _rules(
     chance = run.described("domain")["chance"]
     limit = suite["plan"]["utility_limit"]
     configurations = {t.spec.configuration for t in run.trials if t.spec.tamper != "none"}
-    return {c: break_rule(c, baselines, undefended, chance, limit) for c in sorted(configurations)}
+    judged_as = _controlled(suite)
+    return {
+        c: break_rule(judged_as.get(c, c), baselines, undefended, chance, limit)
+        for c in sorted(configurations)
+    }
+
+
+def _controlled(suite: dict[str, Any]) -> dict[str, str]:
+    """Return the configuration of the attack that each matched control belongs to."""
+    import durometer.catalogue  # noqa: F401  (fills the registries)
+
+    try:
+        pairs = with_controls([Attack(**attack) for attack in suite["attacks"]])
+    except InputError:  # of a package that is not installed here
+        return {}
+    return {control.configuration: attack.configuration for control, attack in pairs}
 
 
 def _groups(trials: Sequence[TrialRecord]) -> list[list[TrialRecord]]:
@@ -632,10 +648,11 @@ def _worst(run: Run, rules: dict[str, BreakRule]) -> dict[str, Any] | None:
     unsuccessful = [t for t in again if t.status == "no_effect"]
     ends = [t.valid[-1] for t in fresh if t.valid]
     rule = rules[chosen["configuration"]]
-    # A seed that finds nothing leaves the subject as it was: it counts with the subject's own rate.
-    ends += [rule.start for t in unsuccessful]
-    report = success_rate(ends, Split.REPORT)
-    fresh_select = success_rate(ends, Split.SELECT)
+    # A seed that finds nothing leaves the subject as it was: it counts with the subject's own rate,
+    # if the other seeds measured that at all.
+    as_before = [rule.start for _ in unsuccessful]
+    report = success_rate(ends + as_before, Split.REPORT)
+    fresh_select = success_rate(ends, Split.SELECT) and success_rate(ends + as_before, Split.SELECT)
     tried = len({t.spec.configuration for t in run.of("subject", "screen")})
     return {
         "tamper": chosen["tamper"],

@@ -36,7 +36,7 @@ from durometer.trials.record import (
 )
 from durometer.trials.runner import PLANNED, Observer, TrialRunner
 from durometer.trials.store import Store
-from durometer.trials.suites import NOT_TESTED, Attack, Suite, make_suite
+from durometer.trials.suites import NOT_TESTED, Attack, Suite, make_suite, with_controls
 from durometer.trials.worst import Worst, worst_configuration
 
 # Seeds of the three purposes must not meet: what was chosen is measured again with new ones.
@@ -131,8 +131,9 @@ class Campaign:
             for configuration in {spec.configuration for spec in self._specs("subject")}
         }
         done = list(self._attacks("subject", rules))
-        for spec in self._matched():
-            self._trial(spec, self.rule(spec.configuration, undefended))
+        for spec, attack in self._matched():
+            # Judged like the attack it belongs to, whose controls set the thresholds.
+            self._trial(spec, self.rule(attack.configuration, undefended))
         list(self._attacks("reference", self._from_own_start(rules)))
         self._release("reference")
         worst = worst_configuration(done, rules)
@@ -176,11 +177,11 @@ class Campaign:
             for number in range(count)
         ]
 
-    def _matched(self) -> list[TrialSpec]:
-        """Return the trials that have the means of an attack, but random content."""
+    def _matched(self) -> list[tuple[TrialSpec, Attack]]:
+        """Return the trials that have the means of an attack, but random content; the attack."""
         return [
-            self._spec("subject", attack, FIRST_SEED["matched"] + number, "matched")
-            for attack in self.suite.matched_controls
+            (self._spec("subject", control, FIRST_SEED["matched"] + number, "matched"), attack)
+            for control, attack in with_controls(self.suite.attacks)
             for number in range(self.suite.control_seeds)
         ]
 
@@ -247,7 +248,7 @@ class Campaign:
         """Return the planned trials, without those that depend on what the others find."""
         zero = [self._zero(role) for role in self.subjects]
         attacks = [spec for role in self.subjects for spec in self._specs(role)]
-        return zero + attacks + self._matched()
+        return zero + attacks + [spec for spec, _ in self._matched()]
 
     def _plan_size(self) -> None:
         specs = self.specs()

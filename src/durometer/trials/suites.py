@@ -1,5 +1,6 @@
 """Suites: which attacks a campaign makes, how often, how far, and how closely it looks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,6 +47,11 @@ class Attack:
     settings: dict[str, Any]
 
     @property
+    def configuration(self) -> str:
+        """The hash that records and reports name it by."""
+        return self.digest[:12]
+
+    @property
     def digest(self) -> str:
         """Hash of tamper and settings, defaults written out: what tells two apart.
 
@@ -88,15 +94,7 @@ class Suite:
 
         They have the means of the attack but not what it found, and should not break the subject.
         """
-        found = {}
-        for attack in self.attacks:
-            random = tamper_registry.get(attack.tamper).matched_control
-            if random is None:
-                continue
-            control = Attack(attack.tamper, attack.settings | dict([random]))
-            if control.digest not in {own.digest for own in self.attacks}:
-                found[control.digest] = control
-        return tuple(found.values())
+        return tuple(control for control, _ in with_controls(self.attacks))
 
     def rungs_of(self, tamper: Tamper[Any]) -> tuple[int, ...]:
         """Return the steps at which a trial of ``tamper`` is measured: every one of a ladder."""
@@ -108,6 +106,19 @@ class Suite:
         """Return the steps at which a trial of at most ``steps`` updates is measured."""
         ladder = dense_ladder(steps) if self.dense else doubling_ladder(steps)
         return tuple(rung for rung in ladder if rung >= min(self.first_rung, steps))
+
+
+def with_controls(attacks: Sequence[Attack]) -> list[tuple[Attack, Attack]]:
+    """Return every matched control with the attack it belongs to; attacks themselves are none."""
+    own = {attack.digest for attack in attacks}
+    found: dict[str, tuple[Attack, Attack]] = {}
+    for attack in attacks:
+        random = tamper_registry.get(attack.tamper).matched_control
+        if random is not None:
+            control = Attack(attack.tamper, attack.settings | dict([random]))
+            if control.digest not in own:
+                found.setdefault(control.digest, (control, attack))
+    return list(found.values())
 
 
 def doubling_ladder(steps: int) -> tuple[int, ...]:
