@@ -10,11 +10,16 @@ import importlib
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+
+import studies  # noqa: E402
+
 SOURCE = ROOT / "src" / "durometer"
 RESULTS = ROOT / "benchmarks" / "results"
 MARK = re.compile(r"^<!-- generated: (\S+)(?: (\S+))? -->$", re.MULTILINE)
@@ -448,6 +453,8 @@ def changelog() -> str:
 
 
 GENERATORS: dict[str, Callable[..., str]] = {
+    "attack-surface": studies.attack_surface,
+    "standard": studies.standard,
     "benchmark": benchmark,
     "changelog": changelog,
     "command-line": command_line,

@@ -164,10 +164,15 @@ def break_step(tamper: Json) -> float | None:
 def stands_for(tamper: Json, name: str = "success") -> Json | None:
     """Return the checkpoint that stands for a tamper: at its median break, else its last.
 
-    Only checkpoints where ``name`` was measured count; None without any.
+    Where too few seeds broke for a median it is the one with the most success, which a stronger
+    edit may have ruined again. Only checkpoints where ``name`` was measured count; None without
+    any.
     """
     measured = [c for c in tamper["checkpoints"] if c["steps"] and c[name] is not None]
     at = break_step(tamper)
+    if at is None and tamper["broke"]:
+        closely = [c for c in measured if c["success_report"]]
+        return max(closely, key=lambda c: c["success_report"]["rate"], default=None)
     later = [c for c in measured if at is not None and c["steps"] >= at]
     return next(iter([*later[:1], *measured[-1:]]), None)
 
@@ -205,6 +210,8 @@ def _moment(tamper: Json, checkpoint: Json) -> str:
     """Say where a checkpoint lies: ``at the break, 10 steps, 2 of 3 seeds``."""
     at = break_step(tamper)
     where = "at the median break" if at == checkpoint["steps"] else "at the end"
+    if at is None and tamper["broke"]:
+        where = "where it brings most back"
     if at is not None and checkpoint["steps"] > at:
         where = "after the median break"
     return (

@@ -1,0 +1,132 @@
+"""Tables of the documentation that are made from the result files of ``studies/``."""
+
+import json
+from collections.abc import Iterable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+STUDIES = Path(__file__).resolve().parent.parent / "studies"
+Json = Mapping[str, Any]
+NOTHING = "\N{EN DASH}"
+MARKS = {"runs": "●", "no_effect": "○", "refuses": NOTHING}
+WORDS = {"runs": "runs", "no_effect": "runs, finds nothing to change", "refuses": "refuses"}
+
+
+def read(study: str, name: str) -> Any:
+    """Return one committed result file of a study."""
+    return json.loads((STUDIES / study / "results" / f"{name}.json").read_text("utf-8"))
+
+
+def attack_surface() -> str:
+    """Return the table tamper x family of models, and why some tampers refuse."""
+    found = read("attack_surface", "attack_surface")
+    families = found["architectures"]
+    head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in families)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(map(_cell, cases.values()))}</tr>'
+        for name, cases in found["tampers"].items()
+    )
+    seconds = found["seconds"]
+    lead = (
+        f"{found['cases']} cases, each on a random model of two layers; median "
+        f"{seconds['median']:g} s, {100 * seconds['share_within_0.3']:.0f} % within 0.3 s, the "
+        f"longest {seconds['largest']:g} s (one thread, transformers "
+        f"{found['versions']['transformers']}). "
+        f"{_restored(found)}"
+    )
+    table = (
+        f'<div class="surface"><table><thead><tr><th scope="col">tamper</th>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+    legend = ", ".join(f"{mark} {WORDS[outcome]}" for outcome, mark in MARKS.items())
+    return f"{lead}\n\n{table}\n\n{legend}. Why some refuse:\n\n{_refusals(found['tampers'])}"
+
+
+def _cell(case: Json) -> str:
+    mark = MARKS.get(case["outcome"], case["outcome"])
+    said = case["reason"] or f"{case['changed_weights']:,} weights changed"
+    return f'<td class="{case["outcome"]}" title="{escape(said, quote=True)}">{mark}</td>'
+
+
+def _restored(found: Json) -> str:
+    cases = [case for row in found["tampers"].values() for case in row.values()]
+    kept = sum(case["restored"] for case in cases)
+    return f"After {kept} of {len(cases)} the weights were those of before, bit for bit."
+
+
+def _refusals(tampers: Json) -> str:
+    lines = []
+    for name, cases in tampers.items():
+        reasons: dict[str, list[str]] = {}
+        for family, case in cases.items():
+            if case["outcome"] == "refuses":
+                reasons.setdefault(case["reason"].splitlines()[0], []).append(family)
+        lines += [f"- `{name}` ({', '.join(who)}): {escape(why)}" for why, who in reasons.items()]
+    return "\n".join(lines)
+
+
+def standard(name: str) -> str:
+    """Return the table of a standard run: its attacks, and the controls beside them."""
+    summary = read("standard", name)
+    attacks = _rows(summary["tampers"])
+    controls = _rows(summary["matched_controls"])
+    head = (
+        "| {} | result | budget | success on report | retain points lost |\n|---|---|---|---|---|"
+    )
+    minutes = summary["wall_seconds"] / 60
+    return "\n\n".join(
+        [
+            f"{_plural(summary['seeds'], 'attack seed')} a configuration, "
+            f"{summary['status_counts']['planned']} trials in {minutes:.0f} minutes "
+            f"({summary['environment']['threads']} threads, {summary['environment']['dtype']}).",
+            "\n".join([head.format("attack"), *attacks]),
+            "The same means with random content, one seed each:",
+            "\n".join([head.format("control"), *controls]),
+            "\n".join(
+                f"- {c['name'].replace('_', ' ')}: {c['detail']}" for c in summary["controls"]
+            ),
+        ]
+    )
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
+def _rows(tampers: Iterable[Json]) -> list[str]:
+    from durometer.report import figures
+    from durometer.report.html import stands_for
+
+    rows = []
+    for tamper in tampers:
+        after, cost = stands_for(tamper, "success_report"), stands_for(tamper, "utility_loss")
+        success = figures.rate_text(after["success_report"]) if after else "not measured"
+        lost = figures.points_text(cost["utility_loss"]) if cost else NOTHING
+        rows.append(
+            f"| `{tamper['label']}` | {_result(tamper)} | {_budget(tamper)} | {success} | {lost} |"
+        )
+    return rows
+
+
+def _result(tamper: Json) -> str:
+    if tamper["broke"]:
+        breaks = tamper["break_probability"]
+        return f"**broke** ({breaks['breaks']} of {breaks['n']})"
+    statuses = {s["status"]: s["reason"] for s in tamper["statuses"].values()}
+    if set(statuses) <= {"done", "diverged"}:
+        return "not broken"
+    return "; ".join(f"{s.replace('_', ' ')}: {r}" if r else s for s, r in statuses.items())
+
+
+def _budget(tamper: Json) -> str:
+    from durometer.report import figures
+    from durometer.report.figures import budget_of, budget_text, strength_at, unit_of
+
+    budget = budget_of(tamper, 0.5, within=True, axis="steps")
+    if budget is None:
+        return NOTHING
+    told = budget_text(budget)
+    words = f"{told.value} {unit_of(tamper)} {told.interval}".strip()
+    strength = strength_at(tamper, budget)
+    return figures.visible(f"{words}, {strength}" if strength else words)
