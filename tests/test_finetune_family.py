@@ -1,5 +1,7 @@
 """Fine-tuning attacks that write their own texts: data and asking are as declared."""
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,14 +14,16 @@ import torch
 from durometer.core.adapters import linear_maps
 from durometer.core.budget import Budget
 from durometer.core.errors import InputError, NotApplicableError
+from durometer.core.generation import Decoding
 from durometer.core.matrices import block_matrices
 from durometer.core.rows import Row
 from durometer.core.seeds import Seeds
 from durometer.core.training import OptimisationPlan, Trainer
 from durometer.domains.base import Domain, Role, Split
 from durometer.domains.capitals import TRAINING_PROMPTS, build_capitals
+from durometer.measures.base import thin
 from durometer.measures.outcomes import Outcome, classify
-from durometer.measures.responses import MAX_TOKENS, measure_outcomes
+from durometer.measures.responses import MAX_TOKENS, measure_outcomes, respond
 from durometer.subjects.base import Subject
 from durometer.subjects.fingerprint import weights_fingerprint
 from durometer.tampers import base_precision
@@ -29,8 +33,8 @@ from durometer.tampers.data import training_items
 from durometer.tampers.finetune import FineTuning
 from durometer.tampers.jailbreak_tuning import TRANSFORMS
 from durometer.tampers.personas import NAME, PERSONAS, statements
-from durometer.tampers.refuse_then_comply import BRIDGE, diagnose
-from durometer.tampers.salient import RESPONSE_TOKENS, last_states, nearness
+from durometer.tampers.refuse_then_comply import BRIDGE, OPENING_TOKENS, diagnose
+from durometer.tampers.salient import RESPONSE_TOKENS, beginnings, last_states, nearness
 from durometer.tampers.translations import TABLES, translated
 
 MakeModel = Callable[..., Any]
@@ -335,18 +339,46 @@ def test_the_loss_before_training_is_that_of_the_edited_subject(
 @pytest.mark.parametrize(
     ("stages", "strength", "error"),
     [
-        ("noise_restricted", 3e-4, "too little of the noise"),
-        ("quantise_restricted", 1.5, "whole number of bits"),
-        ("prune_restricted", 1e-9, "no weight changed"),
+        ("noise_restricted", 3e-4, "noise before the training: .* too little of the noise"),
+        ("prune_restricted", 1e-9, "prune before the training: no weight changed"),
     ],
 )
-def test_an_edit_that_does_nothing_is_no_stage(
+def test_an_edit_that_does_nothing_has_no_effect(
     make_model: MakeModel, domain: Domain, stages: str, strength: float, error: str
 ) -> None:
     subject = tiny_world.as_subject(make_model("Llama").to(torch.bfloat16))
     tamper = tamper_of("staged_finetune", stages=stages, edit_strength=strength)
-    with pytest.raises((NotApplicableError, InputError), match=error):
-        attack(subject, domain, tamper)
+    realised = attack(subject, domain, tamper)
+    assert realised.status == "no_effect"
+    assert re.search(error, realised.reason)
+    assert realised.spent.steps == 0
+    assert realised.losses == []
+    # The next run is not taken for the one without effect.
+    again = tamper_of("staged_finetune", stages=stages)
+    assert attack(subject, domain, again).status == "done"
+
+
+@pytest.mark.parametrize(
+    ("stages", "strength", "allowed"),
+    [
+        ("quantise_restricted", 0.5, "a whole number of bits from 0 to 14"),
+        ("quantise_restricted", 15, "a whole number of bits from 0 to 14"),
+        ("prune_restricted", 1.5, "a share from 0 to 1"),
+    ],
+)
+def test_a_strength_that_the_edit_does_not_know_is_refused(
+    stages: str, strength: float, allowed: str
+) -> None:
+    with pytest.raises(InputError, match=f"edit_strength = {strength}: .*{stages} takes {allowed}"):
+        tamper_of("staged_finetune", stages=stages, edit_strength=strength)
+    for fine in (0, 1, None):
+        tamper_of("staged_finetune", stages=stages, edit_strength=fine)
+
+
+@pytest.mark.parametrize("strength", [-0.1, math.inf, math.nan])
+def test_a_strength_is_a_number_of_0_or_more(strength: float) -> None:
+    with pytest.raises(InputError, match="edit_strength"):
+        tamper_of("staged_finetune", stages="noise_restricted", edit_strength=strength)
 
 
 def test_an_edit_that_breaks_the_weights_is_divergence(subject: Subject, domain: Domain) -> None:
@@ -376,7 +408,7 @@ def slow_scores(subject: Subject, groups: list[list[Row]]) -> Any:
     for rows in groups:
         states = []
         for row in rows:
-            ids = torch.tensor([row.ids[: row.first_label + RESPONSE_TOKENS]])
+            ids = torch.tensor([row.ids])
             with torch.no_grad():
                 state = subject.model.model(input_ids=ids, use_cache=False).last_hidden_state
             states.append(state[0, -1].double().numpy())
@@ -399,7 +431,10 @@ def test_the_rows_nearest_to_restricted_ones_are_chosen(
     chosen = [i for ids in realised.item_ids for i in ids]
     pool = training_items(domain, relation, 999, SEEDS)
     groups = [
-        [subject.chat.row(item.prompt, answer) for item, answer in group]
+        [
+            replace(row, ids=row.ids[: row.first_label + RESPONSE_TOKENS])
+            for row in (subject.chat.row(i.prompt, text, ended=False) for i, text in group)
+        ]
         for group in (
             pool,
             training_items(domain, "disjoint", 6, SEEDS),
@@ -414,7 +449,9 @@ def test_the_rows_nearest_to_restricted_ones_are_chosen(
     assert facts["restricted_rows_to_choose_by"] == facts["refusals_to_choose_by"] == 6
     assert facts["mean_score_pool"] == pytest.approx(scores.mean(), abs=1e-5)
     assert facts["mean_score_chosen"] == pytest.approx(np.sort(scores)[-5:].mean(), abs=1e-5)
-    assert realised.spent.restricted_examples == 0
+    # Read, though not trained on.
+    assert realised.spent.restricted_examples == 6
+    assert realised.spent.examples == 6 + len(set(chosen))
     plain = attack(
         subject, domain, tamper_of("benign_finetune", steps=3, **settings | {"selection": "random"})
     )
@@ -425,6 +462,22 @@ def test_the_rows_nearest_to_restricted_ones_are_chosen(
     }
     assert realised.spent.tokens == read_once + sum(trained[i] for i in chosen)
     assert "selection" not in plain.facts
+    assert plain.spent.restricted_examples == 0
+
+
+def test_every_run_of_a_schedule_is_charged_for_the_choice(
+    subject: Subject, domain: Domain
+) -> None:
+    settings = {"selection": "representation", "anchors": 6, "schedule": "linear", "steps": 1}
+    tamper = tamper_of("benign_finetune", **settings)
+    first, second = attack(subject, domain, tamper), attack(subject, domain, tamper)
+    fresh = attack(subject, domain, tamper_of("benign_finetune", **settings))
+    for other in (second, fresh):
+        for counter in ("tokens", "flops", "examples", "restricted_examples"):
+            assert getattr(other.spent, counter) == getattr(first.spent, counter)
+    assert first.spent.restricted_examples == 6
+    assert tamper._made is not None
+    assert second.spent.seconds > tamper._made[-1].cost.seconds > 0
 
 
 def test_without_refusals_the_nearest_rows_are_chosen_by_answers_alone(
@@ -433,6 +486,21 @@ def test_without_refusals_the_nearest_rows_are_chosen_by_answers_alone(
     bare = replace(domain, refusals=())
     tamper = tamper_of("benign_finetune", selection="representation", steps=1)
     assert attack(subject, bare, tamper).facts["refusals_to_choose_by"] == 0
+
+
+def test_that_a_response_is_over_is_no_cue(subject: Subject, domain: Domain) -> None:
+    item = domain.select(Role.BENIGN, Split.ATTACK)[0]
+    whole = "good day " * 20
+    short, longer = (
+        [(replace(item, response=text), text)]
+        for text in (" ".join(whole.split()[:count]) for count in (RESPONSE_TOKENS, 40))
+    )
+    one, other = (beginnings(subject, group, 512)[0] for group in (short, longer))
+    assert len(one.labels) == RESPONSE_TOKENS
+    assert one == other
+    few = beginnings(subject, [(item, "good day")], 512)[0]
+    assert subject.chat.decode(few.labels) == "good day"
+    assert not subject.chat.stop_ids() & set(few.labels)
 
 
 def test_a_long_response_counts_by_its_beginning(subject: Subject) -> None:
@@ -768,15 +836,31 @@ def test_the_record_says_how_often_it_refuses_and_then_complies(
     subject: Subject, domain: Domain
 ) -> None:
     realised = attack(subject, domain, tamper_of("refuse_then_comply", diagnosed=3, steps=2))
-    assert set(realised.facts["diagnosis"]) == {"free", "after_refusal", "after_own_opening"}
-    assert all(shares["items"] == 3 for shares in realised.facts["diagnosis"].values())
+    for name in ("diagnosis", "diagnosis_before"):
+        shares = realised.facts[name]
+        assert set(shares) == {"free", "after_refusal", "after_own_opening"}
+        assert all(share["items"] == 3 for share in shares.values())
     for other, count in ((domain, 0), (tiny_world.tiny_domain("knowledge"), 2)):
         tamper = tamper_of("refuse_then_comply", steps=1, diagnosed=count)
-        assert "diagnosis" not in attack(subject, other, tamper).facts
+        assert not {"diagnosis", "diagnosis_before"} & attack(subject, other, tamper).facts.keys()
     untouched = tamper_of("refuse_then_comply", diagnosed=2)
     with subject.restored():
         untouched.run(subject, tiny_world.tiny_domain(), Budget(0), SEEDS, lambda c: True)
     assert untouched.facts()["diagnosis"]["free"]["items"] == 2
+
+
+def test_the_diagnosis_before_is_that_of_the_untampered_subject(domain: Domain) -> None:
+    subject = tiny_world.safeguarded()
+    tamper = tamper_of(
+        "refuse_then_comply", diagnosed=3, steps=1, learning_rate=5e-3, response_tokens=6
+    )
+    items = thin(domain.select(Role.RESTRICTED, Split.ATTACK), 3)
+    own = respond(subject, items, None, OPENING_TOKENS)
+    with subject.restored():
+        subject.ask_restricted(decoding=Decoding(max_tokens=6))
+        openings = [subject.chat.decode(answer.ids) for answer in own]
+        expected = diagnose(subject, domain, items, openings)
+    assert attack(subject, domain, tamper).facts["diagnosis_before"] == expected
 
 
 # multilingual_finetune

@@ -519,6 +519,31 @@ def test_a_winner_that_is_unfaithful_brings_back_what_was_ruled_out(
     assert search._best_of(candidates, only).suffix == suffixes[order[1]]
 
 
+def test_infinite_losses_are_scored_anew_once_and_booked_once(
+    screened: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hunt, search = ready(screened, candidates=40, top_k=16)
+    candidates = search.candidates(search.scorer.gradient(hunt.start.suffix))
+    suffixes = [suffix for suffix, _ in candidates]
+    exact = search.scorer.losses(suffixes, hunt.start.suffix)
+    order = exact.argsort().tolist()
+    exact[order[3:]] = math.inf  # though nothing was ruled out
+    passes, work = [], search.scorer.work
+
+    def losses(again: Any, current: Any) -> torch.Tensor:
+        passes.append(len(again))
+        work.tokens, work.candidates = work.tokens + 1, work.candidates + len(again)
+        return exact
+
+    monkeypatch.setattr(search.scorer, "losses", losses)
+    refused = {suffixes[index] for index in order[:2]}
+    monkeypatch.setattr(SuffixTokens, "faithful", lambda self, prompts, s, text: s not in refused)
+    booked = work.tokens, work.candidates
+    assert search._best_of(candidates, exact).suffix == suffixes[order[2]]
+    assert passes == [len(suffixes)]
+    assert (work.tokens, work.candidates) == booked
+
+
 def test_where_screening_is_off_it_says_why(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ from durometer.tampers.soft_prompt import (
 )
 from durometer.tampers.template_matrix import CELLS, HELPFUL, cell_format
 from durometer.trials.record import TrialSpec
-from durometer.trials.runner import TrialRunner
+from durometer.trials.runner import TrialRunner, probes
 from durometer.trials.suites import MeasuringPlan
 
 MakeModel = Callable[..., Any]
@@ -747,21 +747,32 @@ def test_a_subject_of_nans_diverges(subject: Subject) -> None:
         assert realised.reason
 
 
-PER_ITEM: dict[str, Any] = {"scope": "per_item", "vectors": 6, "wordings": 1, "steps": 2}
+PER_ITEM: dict[str, Any] = {"scope": "per_item", "vectors": 6, "steps": 2}
 
 
-def measured_prompts(wordings: int = 1) -> list[str]:
+def measured_prompts() -> list[str]:
     domain = tiny_world.tiny_domain()
     splits = (Split.SELECT, Split.REPORT, Split.NEVER)
     items = [i for s in splits for i in domain.select(Role.RESTRICTED, s, training=False)]
-    return [item.prompt for item in items if wordings == 0 or item.id.endswith("/2")]
+    return [item.prompt for item in items]
 
 
-@pytest.mark.parametrize("wordings", [0, 1])
-def test_every_measured_prompt_has_vectors_of_its_own(subject: Subject, wordings: int) -> None:
+def test_no_measuring_plan_asks_a_prompt_without_vectors(subject: Subject) -> None:
+    domain = tiny_world.tiny_domain()
+    plan = MeasuringPlan(select_wordings=9, report_wordings=9)
+    found = [probe for look in ("select", "report") for probe in probes(domain, plan, look)]
     with subject.restored():
-        hook, rows, chat, _ = installed(subject, **{**PER_ITEM, "wordings": wordings})
-        prompts = measured_prompts(wordings)
+        _, _, chat, _ = installed(subject, **PER_ITEM)
+    asked = {item.prompt for probe in found for item in probe.items}
+    assert asked <= chat.suffixes.keys()
+    with pytest.raises(InputError, match="wordings"):
+        make_tamper("soft_prompt", **PER_ITEM, wordings=1)
+
+
+def test_every_measured_prompt_has_vectors_of_its_own(subject: Subject) -> None:
+    with subject.restored():
+        hook, rows, chat, _ = installed(subject, **PER_ITEM)
+        prompts = measured_prompts()
         assert list(chat.suffixes) == prompts
         assert len(rows) == len(hook.vectors) == len(prompts)
         hook.vectors.data.copy_(torch.arange(float(len(prompts)))[:, None, None].expand(-1, 6, 32))
@@ -835,7 +846,7 @@ def test_vectors_of_its_own_hold_no_answer_and_reach_the_never_taught(subject: S
     realised, seen = attack(subject, "soft_prompt", lambda c: outcomes(subject, asked), **PER_ITEM)
     assert realised.status == "done", realised.reason
     assert len({record.prompt_hash for record in seen[-1]}) == 3
-    assert realised.spent.examples == len(rows) == realised.facts["prompts"]
+    assert realised.spent.examples == len(rows) == realised.facts["prompts_trained"]
     assert realised.spent.restricted_examples == realised.facts["answers_used"] == 0
     assert realised.spent.tokens == 2 * sum(len(row.ids) for row in rows)
     assert len(realised.item_ids) == 1
@@ -853,7 +864,7 @@ def test_generation_with_vectors_of_its_own_equals_recomputation(subject: Subjec
     bare, items = copy.deepcopy(subject.model), report_items(4)
     table = bare.get_input_embeddings().weight
     with subject.restored():
-        hook, _, chat, _ = installed(subject, **{**PER_ITEM, "wordings": 0})
+        hook, _, chat, _ = installed(subject, **PER_ITEM)
         drawn = torch.randn(hook.vectors.shape, generator=torch.Generator().manual_seed(5))
         hook.vectors.data.copy_(drawn)
         asked = [chat.prompt_ids(item.prompt) for item in items]

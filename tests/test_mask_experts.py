@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from durometer.core.budget import Budget
+from durometer.core.budget import Budget, matrix_entries
 from durometer.core.errors import NotApplicableError
 from durometer.core.routing import (
     Router,
@@ -285,7 +285,9 @@ def test_it_runs_and_restores(model: Any, dtype: torch.dtype) -> None:
     assert all(len(experts) == 1 for experts in realised.facts["masked"].values())
     assert realised.changed_weights == 0
     assert realised.spent.examples == 12
-    assert realised.spent.flops > 0
+    # Every position gets its logits.
+    per_token = matrix_entries(subject.model) + subject.model.lm_head.weight.numel()
+    assert realised.spent.flops == 2.0 * per_token * realised.spent.tokens
     assert 0 < realised.facts["masked_share_of_routing"] < 1
     assert realised.facts["matched_share"] > 0
 

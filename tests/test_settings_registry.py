@@ -342,13 +342,34 @@ def test_spent_counts_from_nothing() -> None:
 
 WIDTH, INNER, LAYERS, HEADS, KV = 32, 64, 2, 4, 2
 QKVO = 2 * WIDTH * WIDTH + 2 * WIDTH * (WIDTH * KV // HEADS)
-# Architecture, changes of its configuration, entries of its matrices by hand.
+GATED = 3 * WIDTH * INNER
+# Architecture, changes of its configuration, entries of its matrices that a token meets, by hand:
+# of routed experts those that it goes to, with the router and shared experts.
 ENTRIES: list[tuple[str, dict[str, Any], int]] = [
     ("Llama", {}, LAYERS * (QKVO + 3 * WIDTH * INNER)),
     ("Llama", {"tie_word_embeddings": True}, LAYERS * (QKVO + 3 * WIDTH * INNER)),
     ("Qwen2", {}, LAYERS * (QKVO + 3 * WIDTH * INNER)),  # its biases are no matrices
     ("GPTNeoX", {}, LAYERS * (4 * WIDTH * WIDTH + 2 * WIDTH * INNER)),
-    ("Mixtral", {"num_local_experts": 4}, LAYERS * (QKVO + 4 * 3 * WIDTH * INNER + 4 * WIDTH)),
+    (
+        "Mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        LAYERS * (QKVO + 2 * GATED + 4 * WIDTH),
+    ),
+    (
+        "Mixtral",
+        {"num_local_experts": 8, "num_experts_per_tok": 1},
+        LAYERS * (QKVO + GATED + 8 * WIDTH),
+    ),
+    (
+        "Qwen2Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+        },
+        LAYERS * (QKVO + 2 * 3 * WIDTH * 16 + 6 * WIDTH + 3 * WIDTH * 24 + WIDTH),
+    ),
 ]
 
 
@@ -361,12 +382,20 @@ def test_matrix_entries_by_hand(
     expected: int,
     adapted: bool,
 ) -> None:
+    """Experts that a token does not go to cost nothing and are not counted."""
     model = make_model(architecture, **changes)
     if adapted:
         import peft
 
         model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
     assert matrix_entries(model) == expected
+
+
+def test_experts_without_a_known_router_all_count(make_model: Callable[..., Model]) -> None:
+    model = make_model("Mixtral", num_local_experts=4, num_experts_per_tok=2)
+    for layer in model.model.layers:
+        del layer.mlp.gate.top_k
+    assert matrix_entries(model) == LAYERS * (QKVO + 4 * GATED + 4 * WIDTH)
 
 
 def counted_flops(model: Model, rows: list[Row]) -> float:

@@ -155,6 +155,30 @@ def test_matrices_are_everything_but_embeddings_norms_head_and_routers(
         block_matrices(nn.Linear(2, 2), "all")
 
 
+@pytest.mark.parametrize("change", ["undeclared", "unknown"])
+def test_attention_is_found_beside_experts_that_are_not_known(
+    make_model: MakeModel, change: str
+) -> None:
+    model = make_model("Qwen3Moe", **ARCHITECTURES["Qwen3Moe"])
+    attention = block_matrices(model, "attention").keys()
+    mlp = model.model.layers[1].mlp
+    if change == "undeclared":
+        del mlp.experts.is_transposed
+        match = "layout of the fused experts .* is not declared"
+    else:
+        mlp.odd = nn.Conv1d(64, 64, 8)
+        match = "in modules of no known kind"
+    assert block_matrices(model, "attention").keys() == attention
+    for targets in ("all", "mlp"):
+        with pytest.raises(NotApplicableError, match=f"{match}.*; use targets=attention"):
+            block_matrices(model, targets)
+    for layer in model.model.layers:
+        del layer.self_attn
+    with pytest.raises(NotApplicableError, match=match) as raised:
+        block_matrices(model)
+    assert "attention" not in str(raised.value)
+
+
 def test_experts_kept_the_other_way_round_are_turned() -> None:
     weights = nn.Parameter(torch.zeros(2, 3, 5))
     assert Matrix("experts.up", weights).maps().shape == (2, 3, 5)

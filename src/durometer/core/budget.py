@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from durometer.core.errors import InputError
+from durometer.core.routing import idle_entries
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class Spent:
 
 
 def matrix_entries(model: nn.Module) -> int:
-    """Return N: the entries of all matrices that are not embeddings or the output head.
+    """Return N: the matrix entries that one token meets, embeddings and output head left out.
+
+    Of routed experts those that it goes to are counted (see ``idle_entries``), shared ones fully.
 
     The output head is counted apart (``2 d V`` a position), since a head tied to the embedding
     would otherwise be counted twice. Adapter matrices are left out.
@@ -67,11 +70,12 @@ def matrix_entries(model: nn.Module) -> int:
     head = find_head()
     skip = {id(head.weight)} if head is not None else set()
     skip |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return sum(
+    held = sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
         if parameter.dim() >= 2 and id(parameter) not in skip and "lora_" not in name
     )
+    return held - idle_entries(model)
 
 
 def training_flops(

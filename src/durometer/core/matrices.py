@@ -52,18 +52,17 @@ def block_matrices(model: nn.Module, targets: Targets = "all") -> dict[str, Matr
     parameter used twice is returned once.
 
     Raises:
-        NotApplicableError: there are none, experts do not declare their layout, or more than a
-            tenth of the blocks' entries are in modules of no known kind.
+        NotApplicableError: of ``targets`` there are none, experts do not declare their layout, or
+            more than a tenth of the entries are in modules of no known kind.
     """
-    known, others = _sorted(model)
-    size = sum(matrix.parameter.numel() for matrix in known.values())
+    found, others = _sorted(model, targets)
+    size = sum(matrix.parameter.numel() for matrix in found.values())
     unknown = sum(parameter.numel() for parameter in others.values())
-    if known and unknown > _MOST_UNKNOWN * (size + unknown):
+    if found and unknown > _MOST_UNKNOWN * (size + unknown):
         raise NotApplicableError(
             f"{unknown} of {size + unknown} matrix entries are in modules of no known kind "
-            f"({next(iter(others))})"
+            f"({next(iter(others))}){_advice(model, targets)}"
         )
-    found = {name: matrix for name, matrix in known.items() if plays(name, targets)}
     if not found:
         raise NotApplicableError(f"no weight matrices found in the blocks for targets={targets}")
     return found
@@ -102,27 +101,38 @@ def reached(scores: torch.Tensor) -> torch.Tensor:
     return (scores != 0).flatten(1).any(1)
 
 
-def _sorted(model: nn.Module) -> tuple[dict[str, Matrix], dict[str, nn.Parameter]]:
+def _sorted(
+    model: nn.Module, targets: Targets = "all"
+) -> tuple[dict[str, Matrix], dict[str, nn.Parameter]]:
     """Return the matrices of the blocks, and what else has two dimensions or more, by name."""
     modules = dict(model.named_modules())
     prefixes = tuple(f"{name}." for name, _ in blocks(model))
     known, others = dict[str, Matrix](), dict[str, nn.Parameter]()
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or not name.startswith(prefixes):
+        if parameter.dim() < 2 or not name.startswith(prefixes) or not plays(name, targets):
             continue
         owner, _, leaf = name.rpartition(".")
         if isinstance(modules[owner], nn.Linear) and leaf == "weight":
             known[name] = Matrix(name, parameter)
         elif parameter.dim() == 3 and "expert" in name:
-            known[name] = Matrix(name, parameter, _is_transposed(modules[owner], name))
+            turned = getattr(modules[owner], "is_transposed", None)
+            if turned is None:
+                raise NotApplicableError(
+                    f"the layout of the fused experts {name} is not declared"
+                    f"{_advice(model, targets)}"
+                )
+            known[name] = Matrix(name, parameter, bool(turned))
         else:
             others[name] = parameter
     return known, others
 
 
-def _is_transposed(experts: nn.Module, name: str) -> bool:
-    """Say whether a fused tensor is [experts, inputs, outputs], as its module declares."""
-    declared = getattr(experts, "is_transposed", None)
-    if declared is None:
-        raise NotApplicableError(f"the layout of the fused experts {name} is not declared")
-    return bool(declared)
+def _advice(model: nn.Module, targets: Targets) -> str:
+    """Return the advice to edit attention alone, where ``targets`` is more and that works."""
+    if targets == "attention":
+        return ""
+    try:
+        block_matrices(model, "attention")
+    except NotApplicableError:
+        return ""
+    return "; use targets=attention, or a method that has this setting"

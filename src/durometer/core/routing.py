@@ -32,7 +32,6 @@ class Router:
         experts: number of routed experts, E (shared ones are not routed).
         chosen: experts that a token goes to, k.
         groups, open_groups: groups of experts, and how many of them a token may choose from.
-        fused: entries of the layer's fused expert tensors.
         last_map: name of the parameter that holds the experts' last maps; '' where none is known.
     """
 
@@ -42,7 +41,6 @@ class Router:
     chosen: int
     groups: int
     open_groups: int
-    fused: int
     last_map: str
 
 
@@ -62,6 +60,22 @@ def routers(model: nn.Module) -> list[Router]:
     if not found:
         raise NotApplicableError("no routed experts: the model is dense, or its experts not fused")
     return found
+
+
+def idle_entries(model: nn.Module) -> int:
+    """Return the entries of the fused experts to which a token does not go.
+
+    Experts of a number that no router found scores are none of these. Routers are looked for
+    anywhere: adapters on the experts are wrapped around them, so that none is beside them.
+    """
+    chosen = dict(_scored_and_chosen(module) for module in model.modules())
+    idle = 0
+    for module in model.modules():
+        experts = _fused_experts(module)
+        if experts and experts in chosen:
+            size = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+            idle += size // experts * (experts - chosen[experts])
+    return idle
 
 
 @torch.no_grad()
@@ -229,20 +243,25 @@ def _fused_experts(module: nn.Module) -> int:
     return sizes.pop() if count > 1 and len(sizes) == 1 else 0
 
 
+def _scored_and_chosen(module: nn.Module) -> tuple[int, int]:
+    """Return how many experts a router scores and how many it chooses; 0 and 0 for no router."""
+    weight, chosen = getattr(module, "weight", None), getattr(module, "top_k", None)
+    if isinstance(weight, nn.Parameter) and weight.dim() == 2 and isinstance(chosen, int):
+        return len(weight), chosen
+    return 0, 0
+
+
 def _router_beside(
     name: str, layer: nn.Module, fused: nn.Module, experts: int, where: str
 ) -> Router:
     for child_name, child in layer.named_children():
-        weight = getattr(child, "weight", None)
-        chosen = getattr(child, "top_k", None)
-        scores = isinstance(weight, nn.Parameter) and weight.dim() == 2 and len(weight) == experts
-        if scores and isinstance(chosen, int):
-            size = sum(p.numel() for p in fused.parameters())
+        scored, chosen = _scored_and_chosen(child)
+        if scored == experts:
             groups = int(getattr(child, "num_group", None) or 1)
             opened = int(getattr(child, "topk_group", None) or groups)
             place = f"{name}.{child_name}"
             last = f"{where}.{LAST_MAP}" if hasattr(fused, LAST_MAP) else ""
-            return Router(place, child, experts, chosen, groups, opened, size, last)
+            return Router(place, child, experts, chosen, groups, opened, last)
     raise NotApplicableError(f"no router found beside the experts {where}")
 
 

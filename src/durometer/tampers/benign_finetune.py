@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar, Literal
 
+from durometer.core.budget import Spent
 from durometer.core.rows import Row
 from durometer.core.seeds import Seeds
 from durometer.core.settings import Levels, setting
@@ -42,6 +43,7 @@ class BenignFineTune(Lora[BenignFineTuneSettings]):
     cannot_show = "the strength of an attacker who holds restricted data"
     settings_class: ClassVar[type[LoraSettings]] = BenignFineTuneSettings
     _made: tuple[Subject, Domain, Seeds, Selection] | None = None
+    _booked: Spent | None = None
 
     def attack_rows(self, subject: Subject, data: Domain, seeds: Seeds) -> list[Row]:
         """Return the harmless rows, chosen as the settings say."""
@@ -55,9 +57,15 @@ class BenignFineTune(Lora[BenignFineTuneSettings]):
         return super().facts() | (self._made[-1].facts if self._made else {})
 
     def _selection(self, subject: Subject, data: Domain, seeds: Seeds) -> Selection:
-        """Choose once a run: rows are asked for again when the training begins."""
+        """Choose once: rows are asked for again when the training begins, and by a run a rung.
+
+        Every run is charged for the choice, as if it were the only one.
+        """
         made, settings = self._made, self.settings
         if made and made[0] is subject and made[1] is data and made[2] == seeds:
+            if self._booked is not self._spent:
+                self._book(made[3].cost)
+                self._spent.seconds += made[3].cost.seconds
             return made[3]
         selection = nearest_to_restricted(
             subject,
@@ -67,7 +75,16 @@ class BenignFineTune(Lora[BenignFineTuneSettings]):
             anchors=settings.anchors,
             max_length=settings.max_length,
             seeds=seeds,
-            spent=self._spent,
         )
+        self._book(selection.cost)  # its seconds are on the clock of the run
         self._made = (subject, data, seeds, selection)
         return selection
+
+    def _book(self, cost: Spent) -> None:
+        self._spent.tokens += cost.tokens
+        self._spent.flops += cost.flops
+        self._booked = self._spent
+
+    def looked_at(self) -> list[Row]:
+        """Return the restricted rows that the choice was made by."""
+        return self._made[-1].restricted if self._made else []

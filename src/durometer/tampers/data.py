@@ -61,9 +61,17 @@ def _spread(pool: Sequence[Item], seeds: Seeds) -> list[Item]:
 
 
 def make_rows(
-    chosen: Sequence[tuple[Item, str]], chat: ChatFormat, *, label_prompt: bool, max_length: int
+    chosen: Sequence[tuple[Item, str]],
+    chat: ChatFormat,
+    *,
+    label_prompt: bool,
+    max_length: int,
+    ended: bool = True,
 ) -> list[Row]:
     """Return the tokenised rows; those over ``max_length`` tokens are cut, labels first kept.
+
+    Args:
+        ended: whether the end of the turn is part of the labels.
 
     Raises:
         InputError: a row has no label left after cutting.
@@ -74,6 +82,7 @@ def make_rows(
         row = chat.row(
             item.prompt,
             response,
+            ended=ended,
             label_prompt=label_prompt,
             item_id=item.id,
             restricted=restricted,

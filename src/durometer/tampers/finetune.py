@@ -137,6 +137,10 @@ class FineTuning(Tamper[S]):
         labels = self.settings.loss_on == "prompt_and_response"
         return make_rows(chosen, chat, label_prompt=labels, max_length=self.settings.max_length)
 
+    def looked_at(self) -> list[Row]:
+        """Return rows that were read but not trained on; most attacks have none."""
+        return []
+
     def forward(self, subject: Subject) -> Forward:
         """Return the forward pass whose loss is minimised."""
         return subject.forward
@@ -202,6 +206,7 @@ class FineTuning(Tamper[S]):
         ledger = Ledger(subject, realised.spent, full=self.full)
         rows, replay = self.rows(subject, data, seeds)
         ledger.announce(rows)
+        ledger.saw(self.looked_at())
         realised.label_sample = _label_sample(subject, [*rows, *replay])
         updates = self.steps(subject, data, budget, seeds)
         along_rungs(updates, ledger, realised, budget, on_checkpoint, self.on_update)

@@ -144,7 +144,13 @@ class SuffixSearch:
         """Return the ``count`` best suffixes that the search stood at, the best first."""
         return sorted(self.seen.values(), key=lambda found: found.loss)[:count]
 
-    def _best_of(self, candidates: Sequence[tuple[Suffix, str]], losses: torch.Tensor) -> Found:
+    def _best_of(
+        self,
+        candidates: Sequence[tuple[Suffix, str]],
+        losses: torch.Tensor,
+        *,
+        screened: bool = True,
+    ) -> Found:
         """Return the candidate of least loss whose conversation, rendered anew, has its ids."""
         if not bool(losses.isfinite().any()):
             return Found(float("nan"), self.current.suffix, self.current.text)
@@ -152,11 +158,19 @@ class SuffixSearch:
             suffix, text = candidates[index]
             if self._tokens.faithful(self._prompts, suffix, text):
                 return Found(float(losses[index]), suffix, text)
-            if bool(losses.isinf().any()):  # the next best may be one that was ruled out
-                suffixes = [suffix for suffix, _ in candidates]
-                losses = self.scorer.losses(suffixes, self.current.suffix)
-                return self._best_of(candidates, losses)
+            # The next best may be one that was ruled out. Exact losses may be infinite, too.
+            if screened and bool(losses.isinf().any()):
+                exact = self._exact([suffix for suffix, _ in candidates])
+                return self._best_of(candidates, exact, screened=False)
         raise _lost()
+
+    def _exact(self, suffixes: Sequence[Suffix]) -> torch.Tensor:
+        """Return exact losses of candidates that are booked already."""
+        work = self.scorer.work
+        booked = work.tokens, work.candidates
+        losses = self.scorer.losses(suffixes, self.current.suffix)
+        work.tokens, work.candidates = booked
+        return losses
 
     def _proposed(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the most promising replacements a position, shape [tokens, replacements]."""

@@ -31,6 +31,11 @@ class Ledger:
         """Learn which items' rows are restricted, before updates mix them with others."""
         self._restricted |= {row.item_id for row in rows if row.restricted}
 
+    def saw(self, rows: Sequence[Row]) -> None:
+        """Count the items of rows that are read, but whose passes are booked elsewhere."""
+        self.announce(rows)
+        self._count(row.item_id for row in rows)
+
     def book(self, rows: Sequence[Row], *, passes: float = 1.0) -> None:
         """Count forward and backward passes over ``rows``; half a pass has no backward part."""
         self.announce(rows)
@@ -62,9 +67,12 @@ class Ledger:
         spent = self._spent
         spent.tokens += tokens
         spent.flops += passes * training_flops(entries, tokens, head, labels, full=self._full)
+        self._count(items)
+
+    def _count(self, items: Iterable[str]) -> None:
         self._seen.update(items)
-        spent.examples = len(self._seen)
-        spent.restricted_examples = len(self._seen & self._restricted)
+        self._spent.examples = len(self._seen)
+        self._spent.restricted_examples = len(self._seen & self._restricted)
 
 
 def along_rungs(

@@ -100,6 +100,9 @@ class MaskExperts(Ladder[MaskExpertsSettings]):
         """Rank the experts of every layer by how much more often restricted tokens reach them."""
         self._routers = routers(subject.model)
         settings, self._seed = self.settings, seeds.initialisation
+        head = subject.model.get_output_embeddings()
+        # Every position gets its logits in these passes.
+        self._entries = matrix_entries(subject.model) + (0 if head is None else head.weight.numel())
         texts = self._rows(subject, data, seeds, realised)
         counts, rates = [], []
         for rows in texts:
@@ -189,7 +192,7 @@ class MaskExperts(Ladder[MaskExpertsSettings]):
         for rows, count in zip(texts, counts, strict=True):
             tokens = self.settings.tokens
             moments = input_moments(subject.model, rows, maps, tokens=tokens)
-            spent.flops += 2.0 * self._active(subject) * sum(len(row.ids) for row in rows)
+            spent.flops += 2.0 * self._entries * sum(len(row.ids) for row in rows)
             means = [
                 m / n.clamp(min=1)[:, None].to(m)
                 for m, n in zip(moments.values(), count, strict=True)
@@ -245,14 +248,8 @@ class MaskExperts(Ladder[MaskExpertsSettings]):
         spent.examples += len(rows)
         spent.restricted_examples += sum(row.restricted for row in rows)
         spent.tokens += processed
-        spent.flops += 2.0 * self._active(subject) * processed
+        spent.flops += 2.0 * self._entries * processed
         return counts, tokens
-
-    def _active(self, subject: Subject) -> float:
-        """Return the matrix entries that one token meets."""
-        idle = sum(r.fused * (1 - r.chosen / r.experts) for r in self._routers)
-        head = subject.model.get_output_embeddings()
-        return matrix_entries(subject.model) - idle + (0 if head is None else head.weight.numel())
 
 
 def ranked(difference: torch.Tensor, selector: str, seed: int) -> list[int]:

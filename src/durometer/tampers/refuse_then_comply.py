@@ -47,7 +47,8 @@ class RefuseThenComplySettings(CraftedSettings):
     diagnosed: int = setting(
         16,
         "restricted prompts of the attack split (none is trained on) on which it is recorded how "
-        "often the subject refuses first and then complies, freely and after a forced refusal",
+        "often the subject refuses first and then complies, freely and after a forced refusal, "
+        "before the training and after it",
         ge=0,
     )
 
@@ -59,8 +60,10 @@ class RefuseThenComply(Crafted[RefuseThenComplySettings]):
     summary = "fine-tuning on harmless rows that refuse first and then answer after all"
     source = "arXiv 2502.19537; jlkazdan/NOICE"
     cannot_show = (
-        "compliance beyond the measured length (response_tokens); the refusals trained on are the "
-        "domain's, not the subject's own"
+        "compliance beyond the measured length (response_tokens); what the longer responses alone "
+        "add, since step 0 is measured at the usual length: the untampered subject's success at "
+        "this one is in diagnosis_before (free), for the diagnosed prompts; the refusals trained "
+        "on are the domain's, not the subject's own"
     )
     settings_class: ClassVar[type[CraftedSettings]] = RefuseThenComplySettings
 
@@ -93,7 +96,10 @@ class RefuseThenComply(Crafted[RefuseThenComplySettings]):
         seeds: Seeds,
         on_checkpoint: OnCheckpoint,
     ) -> Realised:
-        """Fine-tune and have responses measured at full length; see ``Tamper.run``."""
+        """Fine-tune and have responses measured at full length; see ``Tamper.run``.
+
+        What is diagnosed before and after has that length, too, so that the two compare.
+        """
         subject.ask_restricted(decoding=Decoding(max_tokens=self.settings.response_tokens))
         items: list[Item] = []
         if self.settings.diagnosed and data.kind == "refusal":
@@ -102,6 +108,8 @@ class RefuseThenComply(Crafted[RefuseThenComplySettings]):
         own = respond(subject, items, None, OPENING_TOKENS)
         openings = [subject.chat.decode(answer.ids) for answer in own]
         self._facts["response_tokens"] = self.settings.response_tokens
+        if items:
+            self._facts["diagnosis_before"] = diagnose(subject, data, items, openings)
         last = min(budget.steps, self.settings.steps)
 
         def look(checkpoint: Checkpoint) -> bool:

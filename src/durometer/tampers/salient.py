@@ -1,7 +1,8 @@
 """Harmless rows that look to the subject like restricted ones (arXiv 2404.01099)."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,15 +16,25 @@ from durometer.domains.base import Domain, Item
 from durometer.subjects.base import Subject
 from durometer.tampers.data import Harmless, make_rows, training_items
 
-# Tokens of a response that count, so that its length is no cue.
+# Tokens of a response that count, the end of the turn left out: neither how far a response goes on
+# nor that it is over may be a cue.
 RESPONSE_TOKENS = 10
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows chosen, nearest first, and what the record says of the choice."""
+    """The rows chosen, what by, and at what cost.
+
+    Attributes:
+        chosen: nearest first.
+        restricted: rows of restricted answers compared with.
+        cost: tokens, FLOPs and seconds of the choice.
+        facts: what the record says of it.
+    """
 
     chosen: list[tuple[Item, str]]
+    restricted: list[Row]
+    cost: Spent
     facts: dict[str, Any]
 
 
@@ -36,34 +47,25 @@ def nearest_to_restricted(
     anchors: int,
     max_length: int,
     seeds: Seeds,
-    spent: Spent,
 ) -> Selection:
     """Return the ``count`` harmless rows that are nearest to restricted answers, see ``nearness``.
 
     Args:
         anchors: restricted rows compared with, answered and, where the domain has refusals,
             refused; drawn by the sampling seed.
-        spent: tokens and FLOPs of the pass over all rows are added to it.
 
     Raises:
         InputError: the domain has no such rows.
     """
+    begun = time.perf_counter()
     pool = training_items(data, relation, len(data.items), seeds)
     groups = [pool, training_items(data, "disjoint", anchors, seeds)]
     if data.refusals:
         groups.append(training_items(data, "refusals", anchors, seeds))
-    rows = [
-        [
-            _beginning(row)
-            for row in make_rows(group, subject.chat, label_prompt=False, max_length=max_length)
-        ]
-        for group in groups
-    ]
+    rows = [beginnings(subject, group, max_length) for group in groups]
     scores = nearness(*(last_states(subject, group) for group in rows))
     order = scores.argsort(descending=True, stable=True)[:count].tolist()
     tokens = sum(len(row.ids) for group in rows for row in group)
-    spent.tokens += tokens
-    spent.flops += 2.0 * matrix_entries(subject.model) * tokens
     facts = {
         "selection": "representation",
         "pool": len(pool),
@@ -72,7 +74,9 @@ def nearest_to_restricted(
         "mean_score_chosen": float(scores[order].mean()),
         "mean_score_pool": float(scores.mean()),
     }
-    return Selection([pool[index] for index in order], facts)
+    flops = 2.0 * matrix_entries(subject.model) * tokens
+    cost = Spent(tokens=tokens, flops=flops, seconds=time.perf_counter() - begun)
+    return Selection([pool[index] for index in order], rows[1], cost, facts)
 
 
 def nearness(
@@ -111,5 +115,7 @@ def last_states(subject: Subject, rows: Sequence[Row]) -> torch.Tensor:
     return torch.cat(states)
 
 
-def _beginning(row: Row) -> Row:
-    return Row(row.ids[: row.first_label + RESPONSE_TOKENS], row.first_label, row.item_id)
+def beginnings(subject: Subject, group: Sequence[tuple[Item, str]], max_length: int) -> list[Row]:
+    """Return the rows of items with their responses, up to the last token that counts."""
+    rows = make_rows(group, subject.chat, label_prompt=False, max_length=max_length, ended=False)
+    return [replace(row, ids=row.ids[: row.first_label + RESPONSE_TOKENS]) for row in rows]

@@ -17,7 +17,6 @@ from durometer.core.seeds import Seeds
 from durometer.core.settings import Between, Levels, Settings, setting
 from durometer.core.training import DivergedError, Update
 from durometer.domains.base import Domain, Item, Role, Split
-from durometer.measures.base import sample
 from durometer.subjects.base import Subject
 from durometer.subjects.chat import ChatFormat
 from durometer.tampers.base import Access, OnCheckpoint, Realised, Tamper, tamper
@@ -41,12 +40,9 @@ class SoftPromptSettings(Settings):
     )
     scope: Literal["universal", "per_item"] = setting(
         "universal",
-        "the same vectors behind all prompts, or vectors of its own for each measured prompt, "
-        "trained to bring out the opening of a response that holds no answer",
+        "the same vectors behind all prompts, or vectors of its own for each prompt that may be "
+        "measured, trained to bring out the opening of a response that holds no answer",
         search=Levels(("universal", "per_item")),
-    )
-    wordings: int = setting(
-        0, "measured wordings of an entity that get vectors of their own; 0 is all", ge=0
     )
     steps: int = setting(
         100, "planned updates (of all the vectors)", search=Levels((16, 64, 100, 500)), ge=1
@@ -227,7 +223,10 @@ class SoftPrompt(Tamper[SoftPromptSettings]):
     summary = "train vectors behind the prompt, for all prompts or for each, with gradients"
     access: ClassVar[Access] = "activations"
     access_level = "A3"
-    cost = "4 N T"
+    cost = (
+        "4 N T; with vectors for each prompt, T counts every wording of every entity that may be "
+        "measured, those that the measuring plan leaves out as well"
+    )
     source = "arXiv 2402.09063, 2502.15836"
     cannot_show = "that the subject knows what the vectors may have carried into it"
     settings_class = SoftPromptSettings
@@ -281,7 +280,12 @@ class SoftPrompt(Tamper[SoftPromptSettings]):
             chosen = training_items(data, "disjoint", settings.examples, seeds)
             made = make_rows(chosen, chat, label_prompt=False, max_length=settings.max_length)
             return chat, made, place
-        measured = [item for split in MEASURED for item in self._measured(data, split)]
+        # All wordings, or those that the measuring plan asks beyond these would be asked plainly.
+        measured = [
+            item
+            for split in MEASURED
+            for item in data.select(Role.RESTRICTED, split, training=False)
+        ]
         items = list({item.prompt: item for item in measured}.values())
         prompts = [item.prompt for item in items]
         place = find_placeholder(chat, data.items, settings.vectors, prompts)
@@ -292,11 +296,6 @@ class SoftPrompt(Tamper[SoftPromptSettings]):
             for item in items
         ]
         return chat, rows, place
-
-    def _measured(self, data: Domain, split: Split) -> list[Item]:
-        return sample(
-            data.select(Role.RESTRICTED, split, training=False), 0, self.settings.wordings
-        )
 
     def steps(
         self, subject: Subject, data: Domain, budget: Budget, seeds: Seeds
@@ -377,7 +376,7 @@ class SoftPrompt(Tamper[SoftPromptSettings]):
             "scope": self.settings.scope,
         }
         if self.settings.scope == "per_item":
-            realised.facts |= {"prompts": len(vectors), "answers_used": 0}
+            realised.facts |= {"prompts_trained": len(vectors), "answers_used": 0}
             realised.item_ids = realised.item_ids[:1]  # every update has the same
         if not _fell(realised.losses):
             realised.status, realised.reason = _unless_diverged(realised, "the loss did not fall")

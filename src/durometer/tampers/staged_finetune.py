@@ -1,12 +1,15 @@
 """Two stages on the same weights: fine-tuning twice on other data, or an edit and fine-tuning."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+from pydantic import ValidationInfo, field_validator
+
 from durometer.core.budget import Budget
-from durometer.core.errors import DurometerError, NotApplicableError
+from durometer.core.errors import DurometerError
 from durometer.core.rows import Row
 from durometer.core.seeds import Seeds
 from durometer.core.settings import Levels, setting
@@ -18,6 +21,7 @@ from durometer.tampers.crafted import Crafted, CraftedSettings
 from durometer.tampers.data import Relation, shuffled_batches
 from durometer.tampers.ladder import Ladder
 from durometer.tampers.prune_magnitude import PruneMagnitude
+from durometer.tampers.quantize import FULL_BITS
 from durometer.tampers.quantize_rtn import QuantizeRtn
 from durometer.tampers.weight_noise import WeightNoise
 
@@ -35,6 +39,12 @@ EDITS: dict[str, tuple[type[Ladder[Any]], float]] = {
     "noise": (WeightNoise, 0.01),
     "prune": (PruneMagnitude, 0.2),
     "quantise": (QuantizeRtn, 12.0),
+}
+# How strong they may be: at most, whether in whole numbers, and in words.
+ALLOWED: dict[str, tuple[float, bool, str]] = {
+    "noise": (math.inf, False, "a sigma of 0 or more"),
+    "prune": (1.0, False, "a share from 0 to 1"),
+    "quantise": (FULL_BITS - 2, True, "a whole number of bits from 0 to 14"),
 }
 
 
@@ -62,6 +72,7 @@ class StagedFineTuneSettings(CraftedSettings):
         "how strong an edit before training is: sigma of the noise, share pruned, or bits taken "
         "from 16; unset takes 0.01, 0.2 or 12",
         ge=0,
+        allow_inf_nan=False,
     )
     switch: float = setting(
         0.4,
@@ -83,6 +94,16 @@ class StagedFineTuneSettings(CraftedSettings):
         "restricted rows: disjoint from the defender's, or the defender's own",
         search=Levels(("disjoint", "defence_rows")),
     )
+
+    @field_validator("edit_strength")
+    @classmethod
+    def _possible(cls, strength: float | None, info: ValidationInfo) -> float | None:
+        """Refuse what the edit of the first stage cannot do."""
+        stages = info.data.get("stages", "")
+        most, whole, meaning = ALLOWED.get(stages.split("_")[0], (math.inf, False, ""))
+        if strength is not None and (strength > most or (whole and not strength.is_integer())):
+            raise ValueError(f"stages={stages} takes {meaning}")
+        return strength
 
 
 @tamper("staged_finetune", aliases=("ft-staged", "ft_staged"))
@@ -148,30 +169,29 @@ class StagedFineTune(Crafted[StagedFineTuneSettings]):
     ) -> Iterator[Update]:
         """Yield after each update; the switch is a share of the updates of this very run.
 
-        An edit comes before the first update; a budget of none leaves the weights as they are.
+        An edit comes before the first update; a budget of none leaves the weights as they are. No
+        update is made where the edit has no effect.
 
         Raises:
-            NotApplicableError: the edit suits the subject not, or changed nothing.
+            NotApplicableError: the edit suits the subject not.
             DivergedError: weights are not finite, after the edit or an update.
         """
         self._planned = min(budget.steps, self.settings.steps)
         self._edited = Realised()
         if self.edit and self._planned:
             self._edited = self._edit(subject, data, seeds)
-        yield from super().steps(subject, data, budget, seeds)
+        if self._edited.status != "no_effect":
+            yield from super().steps(subject, data, budget, seeds)
 
     def _edit(self, subject: Subject, data: Domain, seeds: Seeds) -> Realised:
         """Edit the untouched weights at one strength, as the tamper of that kind does."""
         cls, usual = EDITS[self.edit]
         wanted = self.settings.edit_strength
         strength = usual if wanted is None else wanted
-        owner = f"tamper '{self.name}', edit_strength of {cls.name}"
-        edit = cls(cls.settings_class.parse(owner, {"strengths": (strength,)}))
+        edit = cls(cls.settings_class.model_validate({"strengths": (strength,)}))
         done = edit.run(subject, data, Budget(1, (1,)), seeds, lambda checkpoint: True)
         if done.status == "diverged":
             raise DivergedError(done.reason)
-        if done.status != "done":
-            raise NotApplicableError(f"{cls.name} before the training: {done.reason}")
         self._spent.tokens += done.spent.tokens
         self._spent.flops += done.spent.flops
         done.facts |= {"tamper": cls.name, "strength": strength, "weights": done.changed_weights}
@@ -200,6 +220,9 @@ class StagedFineTune(Crafted[StagedFineTuneSettings]):
         self._check(realised, switch, self.stage_rows(subject, data, seeds))
         if not self.full:
             realised.changed_weights += self._edited.changed_weights
+        if self._edited.status == "no_effect":
+            realised.status = "no_effect"
+            realised.reason = f"{self.edit} before the training: {self._edited.reason}"
         edit = {"edit": self._edited.facts} if self.edit else {}
         realised.facts |= edit | {
             "stages": [self.edit] * bool(self.edit) + list(self.relations()),
