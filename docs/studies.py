@@ -36,11 +36,13 @@ def attack_surface() -> str:
         f"{_restored(found)}"
     )
     table = (
-        f'<div class="surface"><table><thead><tr><th scope="col">tamper</th>{head}</tr></thead>'
+        '<div class="surface"><table class="matrix"><thead>'
+        f'<tr><th scope="col">tamper</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
     legend = ", ".join(f"{mark} {WORDS[outcome]}" for outcome, mark in MARKS.items())
-    return f"{lead}\n\n{table}\n\n{legend}. Why some refuse:\n\n{_refusals(found['tampers'])}"
+    why = f"Where it does not simply run:\n\n{_refusals(found['tampers'])}"
+    return f"{lead}\n\n{table}\n\n{legend}. {why}"
 
 
 def _cell(case: Json) -> str:
@@ -56,14 +58,20 @@ def _restored(found: Json) -> str:
 
 
 def _refusals(tampers: Json) -> str:
-    lines = []
+    """Return every reason once, with the tampers and families it holds for."""
+    found: dict[tuple[str, str], list[str]] = {}
     for name, cases in tampers.items():
         reasons: dict[str, list[str]] = {}
         for family, case in cases.items():
-            if case["outcome"] == "refuses":
+            if case["outcome"] != "runs":
                 reasons.setdefault(case["reason"].splitlines()[0], []).append(family)
-        lines += [f"- `{name}` ({', '.join(who)}): {escape(why)}" for why, who in reasons.items()]
-    return "\n".join(lines)
+        for reason, families in reasons.items():
+            everywhere = len(families) == len(cases)
+            who = "every family" if everywhere else ", ".join(families)
+            found.setdefault((who, reason), []).append(f"`{name}`")
+    return "\n".join(
+        f"- {', '.join(names)} on {who}: {escape(reason)}" for (who, reason), names in found.items()
+    )
 
 
 def standard(name: str) -> str:

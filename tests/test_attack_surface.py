@@ -1,5 +1,6 @@
 """Invariants of every registered tamper on tiny random models of the families users bring."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "head_dim": 8,
     },
     "DeepseekV3": {
-        "n_routed_experts": 4,
+        "n_routed_experts": 8,
         "num_experts_per_tok": 2,
         "n_group": 2,
         "topk_group": 1,
@@ -89,12 +90,21 @@ SHORT = {
     "diagnosed": 2,
     "response_tokens": 4,
 }
-SPECIFIC: dict[str, dict[str, Any]] = {"retain_replay": {"retain_share": 0.5}}
+SPECIFIC: dict[str, dict[str, Any]] = {
+    "retain_replay": {"retain_share": 0.5},
+    # A random model refuses nothing, so that no direction would be found.
+    "ablate_direction": {"direction": "random"},
+    "gcg_transfer": {"texts": ("metal of", "the what")},
+}
+# Adapters are refused by experts that are fused into one tensor.
+FUSED = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "DeepseekV2", "DeepseekV3")
 
 
-def short(name: str, partner: Path) -> Tamper[Any]:
+def short(name: str, partner: Path, architecture: str = "Llama") -> Tamper[Any]:
     known = tamper_registry.get(name).settings_class.model_fields
     wanted = SHORT | {"partner": str(partner), "base": str(partner)} | SPECIFIC.get(name, {})
+    if architecture in FUSED and "rank" in known and "learning_rate" in known:
+        wanted |= {"targets": "attention"}
     return make_tamper(name, **{k: v for k, v in wanted.items() if k in known})
 
 
@@ -142,11 +152,9 @@ def attack_or_refusal(subject: Subject, tamper: Tamper[Any]) -> tuple[Attack | N
         return None, str(error)
 
 
-@pytest.fixture(scope="session")
-def partner(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model of the tiny Llama's shape, near it."""
-    folder = tmp_path_factory.mktemp("partner")
-    subject = tiny_world.as_subject(make_model("Llama"))
+def save_partner(make_model: MakeModel, architecture: str, folder: Path) -> Path:
+    """Save a model of the same shape, near the tiny one, for tampers that need a second one."""
+    subject = tiny_world.as_subject(make_model(architecture, **ARCHITECTURES[architecture]))
     with torch.no_grad():
         for parameter in subject.model.parameters():
             parameter.add_(0.01 * torch.ones_like(parameter))
@@ -155,16 +163,26 @@ def partner(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+@pytest.fixture(scope="session")
+def partners(
+    make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """``partners("Llama")``: the folder of a saved model of that shape."""
+    return functools.cache(
+        lambda name: save_partner(make_model, name, tmp_path_factory.mktemp(f"partner-{name}"))
+    )
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_or_refuses_and_restores(
-    make_model: MakeModel, partner: Path, name: str, architecture: str
+    make_model: MakeModel, partners: Callable[[str], Path], name: str, architecture: str
 ) -> None:
     model = make_model(architecture, **ARCHITECTURES[architecture])
     subject = tiny_world.as_subject(model)
     before, seen = weights_fingerprint(model), look(subject)
     modules = [(n, type(m)) for n, m in model.named_modules()]
-    done, refusal = attack_or_refusal(subject, short(name, partner))
+    done, refusal = attack_or_refusal(subject, short(name, partners(architecture), architecture))
     if done is None:
         assert len(refusal) > 10
     else:
@@ -182,8 +200,10 @@ def test_it_runs_or_refuses_and_restores(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_seeds_same_run_within_budget(make_model: MakeModel, partner: Path, name: str) -> None:
-    runs = []
+def test_same_seeds_same_run_within_budget(
+    make_model: MakeModel, partners: Callable[[str], Path], name: str
+) -> None:
+    partner, runs = partners("Llama"), []
     for _ in range(2):
         subject = tiny_world.as_subject(make_model("Llama"))
         try:

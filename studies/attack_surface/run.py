@@ -27,24 +27,14 @@ import torch  # noqa: E402
 from durometer.subjects.fingerprint import weights_fingerprint  # noqa: E402
 
 
-def make_partner(make_model: Any, folder: Path) -> Path:
-    """Save a model near the tiny Llama, for the tampers that need a second one."""
-    subject = tiny_world.as_subject(make_model("Llama"))
-    with torch.no_grad():
-        for parameter in subject.model.parameters():
-            parameter.add_(0.01)
-    subject.model.save_pretrained(folder)
-    subject.chat.tokenizer.save_pretrained(folder)
-    return folder
-
-
 def one_case(make_model: Any, partner: Path, name: str, architecture: str) -> dict[str, Any]:
     """Return what one tamper does on one family."""
     model = make_model(architecture, **surface.ARCHITECTURES[architecture])
     subject = tiny_world.as_subject(model)
     before = weights_fingerprint(model)
     begun = time.perf_counter()
-    done, refusal = surface.attack_or_refusal(subject, surface.short(name, partner))
+    tamper = surface.short(name, partner, architecture)
+    done, refusal = surface.attack_or_refusal(subject, tamper)
     seconds = time.perf_counter() - begun
     found: dict[str, Any] = {"outcome": "refuses", "reason": refusal, "changed_weights": 0}
     if done is not None:
@@ -62,11 +52,15 @@ def main() -> None:
     torch.set_num_threads(1)
     make_model = conftest.make_tiny_model
     with tempfile.TemporaryDirectory() as place:
-        partner = make_partner(make_model, Path(place))
-        one_case(make_model, partner, "lora", "Llama")  # what the first case of all would load
+        partners = {
+            architecture: surface.save_partner(make_model, architecture, Path(place, architecture))
+            for architecture in surface.ARCHITECTURES
+        }
+        # What the first case of all would load.
+        one_case(make_model, partners["Llama"], "lora", "Llama")
         cases = {
             name: {
-                architecture: one_case(make_model, partner, name, architecture)
+                architecture: one_case(make_model, partners[architecture], name, architecture)
                 for architecture in surface.ARCHITECTURES
             }
             for name in surface.NAMES
