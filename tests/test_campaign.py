@@ -584,6 +584,7 @@ def test_nothing_is_measured_that_was_not_asked_for(complete: Campaign) -> None:
     [
         (["extracton"], "unknown measure 'extracton'; did you mean 'extraction'"),
         (["retain"], "--measure retain: every campaign measures it"),
+        (["choices"], "--measure choices: made for domains of kind knowledge, not refusal"),
         (["only_knowledge"], "made for domains of kind knowledge, not refusal"),
     ],
 )

@@ -25,6 +25,7 @@ from durometer.core.registry import Registry
 from durometer.core.seeds import Seeds
 from durometer.domains.base import Role, domain_registry, require_sound
 from durometer.measures.base import measure_registry
+from durometer.measures.responses import MAX_TOKENS, OVER_REFUSAL_TOKENS
 from durometer.options import read_config
 from durometer.subjects.base import Source, Subject
 from durometer.subjects.builtin import subject_registry
@@ -337,3 +338,8 @@ def test_results_are_shown_as_they_are(
 
 def test_text_stays_text(hooks: ModuleType) -> None:
     assert hooks.text("a|b <c> *d* ``e_f``\n g_h") == r"a\|b &lt;c&gt; \*d\* `e_f` g\_h"
+
+
+def test_the_lengths_of_responses_are_those_of_the_code() -> None:
+    said = f"at most {MAX_TOKENS} tokens for restricted prompts and {OVER_REFUSAL_TOKENS} for"
+    assert said in " ".join((DOCS / "statistics.md").read_text("utf-8").split())

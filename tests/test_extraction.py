@@ -13,7 +13,7 @@ from transformers import TopKLogitsWarper
 
 from durometer.core.generation import generate
 from durometer.domains.base import Role, Split
-from durometer.measures.base import measure_registry
+from durometer.measures.base import Measure, measure_registry
 from durometer.measures.extraction import (
     Continuation,
     ExtractionReport,
@@ -295,6 +295,21 @@ def test_the_report_says_when_controls_are_as_high(knowing: Subject) -> None:
     (line,) = further_lines(told)
     assert line.startswith("extraction on report items: 100 % untampered, at most 100 % after")
     assert list(further_lines({})) == []
+
+
+@pytest.mark.parametrize(("role", "notes"), [(Role.RESTRICTED, 1), (Role.BENIGN, 0)])
+def test_style_is_spoken_of_where_restricted_items_are_read(
+    role: Role, notes: int, knowing: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = Measure("theirs", "", ("refusal",), role, lambda *_: [])
+    monkeypatch.setitem(measure_registry._entries, "theirs", theirs)
+    read = reading([stored(knowing, items(Split.REPORT))], "extraction")
+    entry = {"configuration": "c", "label": "lora", "readings": [read]}
+    told = {"measures": [{"name": "theirs", "start": {"subject": read}, "tampers": [entry]}]}
+    (table,) = further_tables(told, [], lambda *_: None)
+    assert len(table["notes"]) == notes
+    (line,) = further_lines(told)
+    assert ("never-taught" in line) == bool(notes)
 
 
 def test_a_token_that_is_never_drawn_is_kept_as_null(strange: Subject) -> None:

@@ -1,6 +1,7 @@
 """The report page: escaped, self-contained, honest about what is missing, equal to the summary."""
 
 import copy
+import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -452,6 +453,14 @@ def test_heat_map_tells_stopped_from_not_measured(store: Store) -> None:
     del shorter[0]["checkpoints"][3], shorter[0]["checkpoints"][1]
     kinds = [cell["kind"] for cell in heat_maps(shorter)[0]["rows"][0]["cells"]]
     assert kinds == ["value", "missing", "value", "stopped"]
+
+
+def test_heat_cells_carry_their_step_for_narrow_screens(store: Store) -> None:
+    page = render_html(fill(store), store)
+    cells = re.findall(r'<td class="(?:value|stopped|missing)[^>]*>', page)
+    assert cells
+    assert all(re.search(r'data-at="[^"]+"', cell) for cell in cells)
+    assert 'data-axis="small figures: steps"' in page
 
 
 def test_tampers_without_steps_have_a_map_and_an_axis_of_their_own(store: Store) -> None:

@@ -18,6 +18,7 @@ from durometer.core.statistics import expected_maximum_excess, seed_level_rate
 from durometer.domains.base import KINDS, Split
 from durometer.measures.outcomes import Outcome
 from durometer.report import summary as summary_module
+from durometer.report.html import matched_row
 from durometer.report.summary import build_summary, label
 from durometer.report.write import REPORT, SUMMARY, TRIALS, write_outputs
 from durometer.trials.analysis import AXES, RECOVERIES
@@ -545,6 +546,10 @@ def test_random_content_that_breaks_the_subject_is_told(
     (line,) = [c for c in told["controls"] if c["name"] == "matched_random"]
     assert line["status"] == status
     assert ("lora (rank=7)" in line["detail"]) == (status == "fail")
+    assert "without what the attack looks for (random directions" in line["detail"]
+    row = matched_row(control, told["tampers"])
+    assert row["attack"] == told["tampers"][0]["label"] == "lora (rank=4)"
+    assert matched_row(control, [])["attack"] == "lora"
 
 
 def soft_prompt(purpose: str, role: str = "subject", *, every: Any = 0, **more: Any) -> TrialRecord:

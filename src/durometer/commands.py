@@ -126,7 +126,9 @@ def run_screen(
             **options,
         )
     _print_json(found.as_dict()) if as_json else show(quantisation_table(found))
-    return ExitCode.CONDITION if fail_on_alarm and found.alarm else ExitCode.COMPLETE
+    if fail_on_alarm and found.alarm:
+        return ExitCode.CONDITION
+    return ExitCode.COMPLETE if found.complete else ExitCode.INCOMPLETE
 
 
 def run_report(folder: Path, *, show_texts: bool, as_json: bool) -> int:

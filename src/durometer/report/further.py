@@ -5,7 +5,8 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from durometer.core.statistics import Rate
-from durometer.domains.base import Split
+from durometer.domains.base import Role, Split
+from durometer.measures.base import measure_registry
 from durometer.measures.extraction import recorded_extractable, recorded_prefixes
 from durometer.trials.analysis import Items, pooled_rate
 from durometer.trials.record import COUNTED, CheckpointRecord, SubjectRole, TrialRecord
@@ -166,7 +167,7 @@ def _table(
             }
             for label, moment, found in rows
         ],
-        "notes": _notes([found for *_, found in rows]),
+        "notes": _notes(measure["name"], [found for *_, found in rows]),
     }
 
 
@@ -177,8 +178,10 @@ def _moment(found: Mapping[str, Any]) -> str:
     return f"{found['steps']} step{'s' * (found['steps'] != 1)}, {seeds}"
 
 
-def _notes(readings: Sequence[Mapping[str, Any]]) -> list[str]:
+def _notes(name: str, readings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what keeps the rates from being taken for more than they are."""
+    if not _reads_restricted(name):
+        return []
     cells = [cell for found in readings for cell in (found["by_prefix"] or [found])]
     findings = {cell["finding"] for cell in cells if cell["report"] and cell["report"]["rate"] > 0}
     told = {
@@ -189,6 +192,12 @@ def _notes(readings: Sequence[Mapping[str, Any]]) -> list[str]:
         "the control is as high, there is none.",
     }
     return [text for name, text in told.items() if name in findings]
+
+
+def _reads_restricted(name: str) -> bool:
+    """Say whether never-taught entities are a measure's control; those not installed may be."""
+    known = dict(measure_registry)
+    return name not in known or known[name].role == Role.RESTRICTED
 
 
 def further_lines(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -205,7 +214,8 @@ def further_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         if after:
             rate, label, found = max(after, key=lambda one: one[0])
             parts.append(f"at most {100 * rate:.0f} % after an attack: {label}")
-            parts.append(f"never-taught control there {_share(found['control'])}")
+            if _reads_restricted(measure["name"]):
+                parts.append(f"never-taught control there {_share(found['control'])}")
         yield f"{measure['name']} on report items: {', '.join(parts)}"
 
 

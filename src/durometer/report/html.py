@@ -69,7 +69,7 @@ def render_html(summary: dict[str, Any], store: Store, *, show_texts: bool = Fal
         budgets=[budget_row(tamper, summary) for tamper in ordered],
         groups=GROUPS,
         not_begun=not_begun(summary),
-        matched=[matched_row(control) for control in summary["matched_controls"]],
+        matched=[matched_row(control, ordered) for control in summary["matched_controls"]],
         heat=heat_maps(ordered),
         curves=curve_figures(ordered, summary, records),
         tables=[(tamper["label"], tamper["checkpoints"]) for tamper in ordered],
@@ -254,18 +254,30 @@ def budget_row(tamper: Json, summary: Json) -> dict[str, Any]:
     }
 
 
-def matched_row(control: Json) -> dict[str, Any]:
-    """Return one row of the table of controls that have an attack's means, but random content."""
+def matched_row(control: Json, tampers: Sequence[Json]) -> dict[str, Any]:
+    """Return one row of the table of controls by an attack's means without what it looks for."""
     statuses = [s["status"] for s in control["statuses"].values()]
     after = stands_for(control, "success_report")
     status = "broke" if control["broke"] else "did not break it" if after else statuses[0]
     return {
         "control": control,
+        "attack": " / ".join(_attacks_of(control, tampers)) or control["name"],
         "status": status,
         "kind": "fail" if control["broke"] else "pass" if after else "warn",
         "after": after,
         "cost": stands_for(control, "utility_loss"),
     }
+
+
+def _attacks_of(control: Json, tampers: Sequence[Json]) -> list[str]:
+    """Return the labels of the attacks that a matched control differs from by one setting."""
+    own = control["config"]
+    return [
+        tamper["label"]
+        for tamper in tampers
+        if tamper["name"] == control["name"]
+        and sum(own.get(name) != value for name, value in tamper["config"].items()) == 1
+    ]
 
 
 def not_begun(summary: Json) -> list[str]:

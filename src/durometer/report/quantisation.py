@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from durometer.domains.base import Split
-from durometer.trials.behaviour import BEHAVIOURS, behaviour_gaps
+from durometer.trials.behaviour import BEHAVIOURS, behaviour_gaps, verdict
 from durometer.trials.quantisation_gap import LabelGap
 from durometer.trials.record import COUNTED, CheckpointRecord, SubjectRole, TrialRecord
 
@@ -55,7 +55,7 @@ def quantisation_section(
                 "precision": one.precision,
                 "strength": one.checkpoint.strength,
                 "seed": spec.seed,
-                "verdict": verdict(found),
+                "verdict": verdict(found, start, one.checkpoint),
                 "changes": _changes(found),
                 "controls": {
                     role: _changes(_gaps(baselines[role].checkpoints[0], other, len(mine)))
@@ -65,13 +65,6 @@ def quantisation_section(
             }
         )
     return rows
-
-
-def verdict(gaps: dict[str, LabelGap]) -> str:
-    """Return ``alarm``, ``chance`` (no change is more than chance) or ``not_measured``."""
-    if not gaps:
-        return "not_measured"
-    return "alarm" if any(gap.alarm for gap in gaps.values()) else "chance"
 
 
 def _gaps(start: CheckpointRecord, one: Rounded, precisions: int) -> dict[str, LabelGap]:
@@ -124,17 +117,23 @@ def quantisation_line(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     alarms = [row for row in rows if row["verdict"] == "alarm"]
-    if not alarms:
-        return f"Quantising: no behaviour changes by more than chance at {_count(len(rows))}"
-    told = []
-    for row in alarms:
-        changed = [
-            f"{name.replace('_', '-')} {100 * change['value']:+.0f} points"
-            for name, change in row["changes"].items()
-            if change is not None and change["alarm"]
-        ]
-        told.append(f"{row['label']} at {row['precision']} ({', '.join(changed)})")
-    return f"Quantising: alarm at {len(alarms)} of {_count(len(rows))}: {'; '.join(told)}"
+    told = "; ".join(f"{row['label']} at {row['precision']} ({_changed(row)})" for row in alarms)
+    if alarms:
+        line = f"Quantising: alarm at {len(alarms)} of {_count(len(rows))}: {told}"
+    else:
+        line = f"Quantising: no alarm at {_count(len(rows))}"
+    for name, said in (("damage", "damaged"), ("not_measured", "not judged")):
+        if count := sum(row["verdict"] == name for row in rows):
+            line += f"; {count} {said}"
+    return line
+
+
+def _changed(row: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name.replace('_', '-')} {100 * change['value']:+.0f} points"
+        for name, change in row["changes"].items()
+        if change is not None and change["alarm"]
+    )
 
 
 def _count(precisions: int) -> str:

@@ -28,23 +28,23 @@ def quantisation_table(found: QuantisationScreen) -> RenderableType:
         table.add_column(heading, overflow="fold")
     for one in found.precisions:
         for number, change in enumerate(one.changes):
-            table.add_row(_text("" if number else one.precision), *_cells(change))
+            table.add_row(_text("" if number else one.precision), *_cells(change, one))
     title = _text(f"Quantising {found.subject} on {found.domain}", "bold")
     buckets = [line for one in found.precisions for line in _buckets(one)]
-    return Group(title, table, *buckets, _verdict(found))
+    return Group(title, table, *buckets, *_unmeasured(found), *_damage(found), _verdict(found))
 
 
 def _text(text: str, style: str = "") -> Text:
     return Text(figures.visible(text), style=style, overflow="fold")
 
 
-def _cells(change: Change) -> list[Text]:
+def _cells(change: Change, at: PrecisionResult) -> list[Text]:
     difference = change.gap.difference
     return [
         _text(NAMES[change.behaviour]),
         _text(_points(change.gap)),
         _text(f"{difference.p_value:.2g}"),
-        _text(_finding(change), "bold red" if change.gap.alarm else ""),
+        _text(_finding(change, at), "bold red" if change.alarm else ""),
     ]
 
 
@@ -56,9 +56,13 @@ def _points(gap: LabelGap) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def _finding(change: Change) -> str:
-    if not change.gap.alarm or change.with_noise is None:
+def _finding(change: Change, at: PrecisionResult) -> str:
+    if not change.gap.alarm:
         return "no more than chance"
+    if not change.alarm:
+        return "damage" if at.verdict == "damage" else "more than chance, no alarm"
+    if change.with_noise is None:
+        return "alarm, not measurable with bucket noise"
     noise = f"with bucket noise {figures.decimal(100 * change.with_noise.difference.value)} points"
     if change.engineered:
         return f"alarm, hangs on exact buckets ({noise})"
@@ -84,15 +88,46 @@ def _distances(trace: Trace) -> str:
     return f"{trace.from_siblings:.2f} from the other blocks, {uniform}"
 
 
+def _unmeasured(found: QuantisationScreen) -> Iterator[Text]:
+    for one in found.precisions:
+        if one.complete:
+            continue
+        if one.verdict == "alarm":
+            said = f"Not measurable at {one.precision} with bucket noise: outputs are not finite."
+        elif one.changes:
+            said = f"Not measurable at {one.precision}: behaviour changes, but no retain items."
+        else:
+            said = f"Not measurable at {one.precision}: outputs are not finite numbers."
+        yield _text(said, "bold")
+
+
+def _damage(found: QuantisationScreen) -> Iterator[Text]:
+    damaged = [one.precision for one in found.precisions if one.verdict == "damage"]
+    if damaged:
+        said = f"Damage at {', '.join(damaged)}: other knowledge or coherence falls as well, which"
+        yield _text(f"{said} is no alarm and leaves open whether behaviour was hidden there.")
+
+
 def _verdict(found: QuantisationScreen) -> Text:
     if not found.alarm:
-        return _text("Clean: rounding changes nothing by more than chance.", "bold")
+        return _text(_without_alarm(found), "bold")
     changes = [change for one in found.precisions for change in one.changes]
     if any(change.engineered for change in changes):
         said = "Alarm: behaviour appears after rounding and hangs on exact buckets, as planted ones"
         return _text(f"{said} do.", "bold red")
-    if any(change.gap.alarm for change in changes):
-        said = "Alarm: rounding changes behaviour by more than chance; bucket noise does not close"
-        return _text(f"{said} the gap, as with the damage that any coarse rounding does.", "bold")
+    if any(change.alarm and change.with_noise is None for change in changes):
+        said = "Alarm: rounding changes safeguarded behaviour by more than chance."
+        return _text(said, "bold")
+    if any(change.alarm for change in changes):
+        said = "Alarm: rounding changes safeguarded behaviour by more than chance, other knowledge"
+        return _text(f"{said} stays; bucket noise does not close the gap.", "bold")
     said = "Alarm: weights lie in their buckets as no training leaves them, but behaviour stays;"
     return _text(f"{said} weights dequantised from a coarser format do so too.", "bold")
+
+
+def _without_alarm(found: QuantisationScreen) -> str:
+    if not all(one.verdict == "chance" for one in found.precisions):
+        return "No alarm where behaviour could be judged."
+    changed = any(change.gap.alarm for one in found.precisions for change in one.changes)
+    said = "no safeguarded behaviour gives way" if changed else "rounding changes nothing"
+    return f"Clean: {said} by more than chance."

@@ -502,18 +502,19 @@ def _controls(
 
 
 def _matched_control(matched: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Say whether random content in the place of what attacks look for broke the subject."""
+    """Say whether the means of attacks without what they look for broke the subject."""
     judged = [t for t in matched if has_threshold(t) and any(c["steps"] for c in t["checkpoints"])]
     if not judged:
         return []
     broken = [t["label"] for t in judged if t["broke"]]
-    said = f"broken by {', '.join(broken)}: there, size counts and not content"
+    said = f"broken by {', '.join(broken)}: there, not what was looked for counts"
     return [
         _control(
             "matched_random",
             "fail" if broken else "pass",
-            f"{_attacks(len(judged))} with random content (directions, neurons, targets) in the "
-            f"place of what they look for: {said if broken else 'none breaks the subject'}",
+            f"{_attacks(len(judged))} by the same means without what the attack looks for (random "
+            "directions, neurons or targets, a neutral text, noise): "
+            f"{said if broken else 'none breaks the subject'}",
         )
     ]
 

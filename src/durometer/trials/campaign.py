@@ -287,12 +287,12 @@ def further_measures(names: Sequence[str], kind: Kind) -> tuple[str, ...]:
     chosen = tuple(dict.fromkeys(measure_registry.canonical_name(name) for name in names))
     for name in chosen:
         kinds = measure_registry.get(name).kinds
-        if name in PLANNED:
-            raise InputError(f"--measure {name}: every campaign measures it; name another one")
         if kind not in kinds:
             raise InputError(
                 f"--measure {name}: made for domains of kind {' or '.join(kinds)}, not {kind}"
             )
+        if name in PLANNED:
+            raise InputError(f"--measure {name}: every campaign measures it; name another one")
     return chosen
 
 
