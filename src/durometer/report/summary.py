@@ -275,7 +275,10 @@ def _tamper(
 
 
 def label(tamper: str, settings: dict[str, Any]) -> str:
-    """Return a short readable name of a configuration: what tells it from the tamper's defaults."""
+    """Return a short readable name of a configuration: what tells it from the tamper's defaults.
+
+    A setting of an earlier version that there is no more tells nothing apart; the record keeps it.
+    """
     import durometer.catalogue  # noqa: F401  (fills the registries)
     from durometer.tampers.base import make_tamper
 
@@ -287,7 +290,7 @@ def label(tamper: str, settings: dict[str, Any]) -> str:
     told = [
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
         for name, value in settings.items()
-        if name not in skip and default.get(name) != value
+        if name not in skip and default.get(name) != value and (name in default or not default)
     ]
     return f"{tamper} ({', '.join(told)})" if told else tamper
 
