@@ -455,6 +455,7 @@ def changelog() -> str:
 GENERATORS: dict[str, Callable[..., str]] = {
     "attack-surface": studies.attack_surface,
     "standard": studies.standard,
+    "transfer": studies.transfer,
     "benchmark": benchmark,
     "changelog": changelog,
     "command-line": command_line,

@@ -98,6 +98,12 @@ def standard(name: str) -> str:
     )
 
 
+def transfer() -> str:
+    """Return the tables of the study of transfer, as its own page shows them."""
+    page = (STUDIES / "transfer" / "README.md").read_text("utf-8")
+    return page.split("<!-- results:begin -->")[1].split("<!-- results:end -->")[0].strip()
+
+
 def _plural(count: int, word: str) -> str:
     return f"{count} {word}{'s' * (count != 1)}"
 

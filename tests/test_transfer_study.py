@@ -17,6 +17,7 @@ from durometer.subjects.base import Subject
 from durometer.tampers.gcg import GcgSettings
 
 FOLDER = Path(__file__).parents[1] / "studies" / "transfer"
+PICTURES = FOLDER.parents[1] / "docs" / "images"
 OWN = ("run", "transfer_matrix", "transfer_pages", "transfer_variants")
 # Four items an entity each; A is a right answer, R a refusal.
 LETTERS = {
@@ -178,13 +179,8 @@ def test_models_that_changed_meanwhile_are_not_mixed(study: ModuleType) -> None:
         study.require_one_model(strings, answers)
 
 
-@pytest.mark.skipif(
-    not (FOLDER / "results" / "transfer.json").is_file(), reason="the study was not run yet"
-)
 def test_the_committed_page_says_what_the_committed_result_says(study: ModuleType) -> None:
     result = json.loads((FOLDER / "results" / "transfer.json").read_text("utf-8"))
     readme = (FOLDER / "README.md").read_text("utf-8")
     assert study.transfer_pages.with_results(readme, result) == readme
-    assert (FOLDER / "results" / "transfer.svg").read_text("utf-8") == study.transfer_pages.figure(
-        result
-    )
+    assert (PICTURES / "transfer.svg").read_text("utf-8") == study.transfer_pages.figure(result)

@@ -301,7 +301,8 @@ def main() -> None:
     result = {**run(study), "variants": described(study.plan)}
     folder = study.shelf.folder / "results" if options.quick else HERE / "results"
     write_whole(folder / "transfer.json", json.dumps(result, indent=1) + "\n")
-    write_whole(folder / "transfer.svg", transfer_pages.figure(result))
+    pictures = folder if options.quick else HERE.parents[1] / "docs" / "images"
+    write_whole(pictures / "transfer.svg", transfer_pages.figure(result))
     if not options.quick:
         readme = HERE / "README.md"
         page = transfer_pages.with_results(readme.read_text("utf-8"), result)
