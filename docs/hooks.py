@@ -25,7 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MARK = re.compile(r"^<!-- generated: (\S+)(?: (\S+))? -->$", re.MULTILINE)
 # Upper layers first; an arrow of imports goes down only. Rooms of one layer stand together.
 LAYERS = (
-    ("report",),
+    ("report", "audit"),
     ("trials",),
     ("safeguards",),
     ("tampers",),

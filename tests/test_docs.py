@@ -44,7 +44,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "domains": domain_registry,
 }
 # Imports that do not go down, each explained on the architecture page.
-EXCEPTIONS = {("subjects", "domains"), ("trials", ""), ("report", "")}
+EXCEPTIONS = {("subjects", "domains"), ("trials", ""), ("report", ""), ("audit", "")}
 
 
 def blocks(page: Path, language: str) -> list[str]:

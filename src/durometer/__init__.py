@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from durometer.api import CampaignResult, screen_quantisation, stress
+    from durometer.audit.command import audit_model
     from durometer.domains.load import load_domain
     from durometer.subjects.load import load_subject
 
@@ -17,6 +18,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 __all__ = [
     "CampaignResult",
     "__version__",
+    "audit_model",
     "load_domain",
     "load_subject",
     "screen_quantisation",
@@ -28,6 +30,7 @@ _HOMES = {
     "CampaignResult": "durometer.api",
     "screen_quantisation": "durometer.api",
     "stress": "durometer.api",
+    "audit_model": "durometer.audit.command",
     "load_domain": "durometer.domains.load",
     "load_subject": "durometer.subjects.load",
 }
@@ -36,5 +39,6 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'durometer' has no attribute '{name}'")
-    import_module("durometer.catalogue")
+    if name != "audit_model":  # an audit needs no torch
+        import_module("durometer.catalogue")
     return getattr(import_module(_HOMES[name]), name)

@@ -294,6 +294,70 @@ def demo(
     return run_demo(out, seeds)
 
 
+@app.command(epilog=EPILOG)
+def audit(
+    model: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL",
+            help="Model or adapter folder, GGUF or safetensors file; or: diff REPORT_A REPORT_B.",
+        ),
+    ],
+    base: Annotated[
+        Path | None, typer.Option(metavar="BASE", help="The model that it claims to come from.")
+    ] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PARENT", help="A model that may be merged in; may be repeated."),
+    ] = None,
+    signature: Annotated[
+        str | None,
+        typer.Option(metavar="SIG", help="Signature, FILE:key=PUBLIC_KEY or FILE:identity=..."),
+    ] = None,
+    claim: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME@COMMIT", help="What it is said to be.")
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="SHA-256 of its files; written if there is none."),
+    ] = None,
+    behaviour: Annotated[
+        str | None,
+        typer.Option(metavar="DOMAIN", help="Load model and base, and compare their answers."),
+    ] = None,
+    form: Annotated[
+        Literal["text", "json", "sarif", "cyclonedx", "html"],
+        typer.Option("--format", help="Form of the report."),
+    ] = "text",
+    fail_on: Annotated[
+        Literal["info", "low", "medium", "high", "critical"],
+        typer.Option(help="Exit with 1 for findings of this severity and above."),
+    ] = "high",
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Findings accepted, with reason and expiry.")
+    ] = None,
+    allow_incomplete: Annotated[
+        bool, typer.Option("--allow-incomplete", help="Do not exit with 3 for what was unreadable.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it there.")] = None,
+) -> int:
+    """Examine a downloaded model before anything loads it: code, template, origin, weights."""
+    from durometer.audit.command import run_audit
+    from durometer.audit.run import AuditRequest
+
+    request = AuditRequest(
+        Path(model[0]), base, tuple(also or ()), signature, claim, manifest, baseline, behaviour
+    )
+    return run_audit(
+        model,
+        request,
+        form=form,
+        fail_on=fail_on,
+        allow_incomplete=allow_incomplete,
+        out=out,
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; whatever goes wrong is one line on stderr."""
     # 1024 compiled kernels by default, some 0.4 GiB: every length of a batch makes new ones.

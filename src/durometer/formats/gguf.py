@@ -9,8 +9,9 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, lit
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from durometer.core.errors import InputError, UnsafeInputError
 from durometer.formats.safetensors import describe_content, open_regular, shown
@@ -23,6 +24,7 @@ __all__ = [
     "GgufTensor",
     "GgufValue",
     "check_gguf",
+    "read_array",
 ]
 
 MAX_KEYS = 65_536
@@ -84,10 +86,11 @@ GGML_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class GgufArray:
-    """An array in the metadata, of which only the element type and the length are kept."""
+    """An array in the metadata; ``start`` is the byte offset of its first element."""
 
     item_type: str
     length: int
+    start: int = field(default=0, compare=False)
 
 
 GgufValue = int | float | bool | str | GgufArray
@@ -132,6 +135,23 @@ def check_gguf(path: Path) -> GgufHeader:
             raise _not_gguf(path, head)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _header(_Walk(path, data, at=4))
+
+
+def read_array(path: Path, array: GgufArray) -> list[Any]:
+    """Return the elements of a flat metadata array of the GGUF file that was checked.
+
+    Raises:
+        InputError: an array of arrays.
+    """
+    with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        walk = _Walk(path, data, at=array.start)
+        if array.item_type == "string":
+            return [walk.string("array element") for _ in range(array.length)]
+        codes = dict(_SCALARS.values())
+        if array.item_type not in codes:
+            raise walk.refused("an array of arrays cannot be read")
+        code = codes[array.item_type]
+        return list(struct.unpack_from(f"<{array.length}{code[1]}", data, array.start))
 
 
 @dataclass(slots=True)
@@ -274,20 +294,21 @@ def _array(walk: _Walk, what: str, depth: int) -> GgufArray:
     smallest = {_STRING: 8, _ARRAY: 12}.get(kind, 1)
     walk.check_count(length, f"{what}: array length", walk.elements_left, smallest)
     walk.elements_left -= length
+    start = walk.at
     if kind == _STRING:
         element = f"{what}: element"
         for _ in range(length):
             walk.string(element)
-        return GgufArray("string", length)
+        return GgufArray("string", length, start)
     if kind == _ARRAY:
         for _ in range(length):
             _array(walk, what, depth + 1)
-        return GgufArray("array", length)
+        return GgufArray("array", length, start)
     if kind not in _SCALARS:
         raise walk.refused(f"{what}: unknown element type {kind}")
     name, code = _SCALARS[kind]
     walk.skip(length * struct.calcsize(code), what)
-    return GgufArray(name, length)
+    return GgufArray(name, length, start)
 
 
 def _alignment(walk: _Walk, metadata: dict[str, GgufValue]) -> int:

@@ -20,7 +20,14 @@ from typing import Any, BinaryIO
 
 from durometer.core.errors import InputError, UnsafeInputError
 
-__all__ = ["DTYPE_BITS", "MAX_HEADER_BYTES", "TensorEntry", "iter_tensor_bytes", "read_header"]
+__all__ = [
+    "DTYPE_BITS",
+    "MAX_HEADER_BYTES",
+    "TensorEntry",
+    "iter_tensor_bytes",
+    "read_header",
+    "read_metadata",
+]
 
 MAX_HEADER_BYTES = 100_000_000
 """Largest header accepted, in bytes; the limit of the reference library."""
@@ -78,16 +85,27 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     The data itself is not read. Raises InputError for anything that the format does not allow or
     that readers could understand in two ways, UnsafeInputError for a pickle in disguise.
     """
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        raw = _header_bytes(path, file, size)
-    header = parse_json_object(raw, f"{shown(path)}: the header")
+    header, data_start, size = _json_header(path)
     _check_metadata(path, header.pop("__metadata__", {}))
-    data_start = 8 + len(raw)
     entries = [_entry(path, name, fields, data_start) for name, fields in header.items()]
     entries.sort(key=lambda entry: (entry.start, entry.end))
     _check_tiling(path, entries, data_start, size)
     return {entry.name: entry for entry in entries}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the free metadata in the header of ``path``; InputError like ``read_header``."""
+    metadata: dict[str, str] = _json_header(path)[0].get("__metadata__", {})
+    _check_metadata(path, metadata)
+    return metadata
+
+
+def _json_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return the header, the byte offset of the data and the size of the file in bytes."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        raw = _header_bytes(path, file, size)
+    return parse_json_object(raw, f"{shown(path)}: the header"), 8 + len(raw), size
 
 
 def iter_tensor_bytes(path: Path, chunk: int = 1 << 24) -> Iterator[tuple[TensorEntry, memoryview]]:

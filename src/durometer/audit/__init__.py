@@ -1,0 +1,1 @@
+"""Audit of a downloaded model: files, provenance, template, tokenizer, weights against a base."""
