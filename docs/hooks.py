@@ -114,6 +114,37 @@ def _tamper(name: str, entry: Any) -> str:
     return "\n\n".join(parts)
 
 
+def safeguards() -> str:
+    """Return one section a safeguard: what it is, what it cannot show, presets and settings."""
+    _fill_registries()
+    from durometer.safeguards.base import safeguard_registry
+
+    return "\n\n".join(_safeguard(name, entry) for name, entry in safeguard_registry)
+
+
+def _safeguard(name: str, entry: Any) -> str:
+    facts = [
+        ("protects", text(entry.access)),
+        ("kinds of domain", text(", ".join(entry.kinds))),
+        ("cost", text(entry.cost)),
+        ("source", sources(entry.source)),
+        ("cannot show", text(entry.cannot_show)),
+        *(
+            (f"preset `{preset}`", code(", ".join(f"{k}={v}" for k, v in values.items())))
+            for preset, values in entry.presets.items()
+        ),
+    ]
+    settings = [
+        (code(s.name), code(s.default), text(s.meaning), text(s.type.replace(" | ", ", ")))
+        for s in entry.settings_class.describe()
+    ]
+    parts = [f"## `{name}` {{ #{name} }}", sentence(entry.summary)]
+    parts.append("\n".join(f"- **{key}**: {value}" for key, value in facts))
+    header = ("setting", "default", "meaning", "type")
+    parts.append(table(header, settings) if settings else "It has no settings.")
+    return "\n\n".join(parts)
+
+
 def measures() -> str:
     """Return one section a measure."""
     _fill_registries()
@@ -465,6 +496,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "not-tested": not_tested,
     "object": documented,
     "other-benchmarks": other_benchmarks,
+    "safeguards": safeguards,
     "subjects": subjects,
     "suites": suites,
     "tampers": tampers,

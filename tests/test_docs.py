@@ -27,6 +27,9 @@ from durometer.domains.base import Role, domain_registry, require_sound
 from durometer.measures.base import measure_registry
 from durometer.measures.responses import MAX_TOKENS, OVER_REFUSAL_TOKENS
 from durometer.options import read_config
+from durometer.safeguards.base import make_safeguard, safeguard_registry
+from durometer.safeguards.data import DefenceData
+from durometer.safeguards.train import TrainingRun
 from durometer.subjects.base import Source, Subject
 from durometer.subjects.builtin import subject_registry
 from durometer.tampers.base import make_tamper, tamper_registry
@@ -39,6 +42,7 @@ SOURCE = ROOT / "src" / "durometer"
 PAGES = sorted(DOCS.rglob("*.md"))
 REGISTRIES: dict[str, Registry[Any]] = {
     "tampers": tamper_registry,
+    "safeguards": safeguard_registry,
     "measures": measure_registry,
     "subjects": subject_registry,
     "domains": domain_registry,
@@ -251,6 +255,15 @@ def example(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for text in blocks(DOCS / "extending.md", "python"):
         exec(text, names)
     return names
+
+
+@pytest.mark.usefixtures("example")
+def test_the_example_safeguard_is_trained() -> None:
+    subject, domain = tiny_world.undefended(), tiny_world.tiny_domain("knowledge")
+    made = make_safeguard("example_ascent", steps=3, learning_rate=1e-3, batch_size=4)
+    outcome = TrainingRun(made, subject, DefenceData(subject, domain), Seeds.derive(1)).run()
+    assert outcome.status == "done"
+    assert outcome.losses[-1]["forget"] < outcome.losses[0]["forget"] < 0
 
 
 def test_the_example_tamper_keeps_the_rules(example: dict[str, Any], hooks: ModuleType) -> None:

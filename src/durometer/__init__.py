@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from durometer.api import CampaignResult, screen_quantisation, stress
     from durometer.audit.command import audit_model
     from durometer.domains.load import load_domain
+    from durometer.safeguards.harden import Hardened, harden
     from durometer.subjects.load import load_subject
 
 try:
@@ -17,8 +18,10 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 __all__ = [
     "CampaignResult",
+    "Hardened",
     "__version__",
     "audit_model",
+    "harden",
     "load_domain",
     "load_subject",
     "screen_quantisation",
@@ -28,6 +31,8 @@ __all__ = [
 # Loaded on first use: `durometer --version` should not wait for torch.
 _HOMES = {
     "CampaignResult": "durometer.api",
+    "Hardened": "durometer.safeguards.harden",
+    "harden": "durometer.safeguards.harden",
     "screen_quantisation": "durometer.api",
     "stress": "durometer.api",
     "audit_model": "durometer.audit.command",

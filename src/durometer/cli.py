@@ -208,6 +208,92 @@ def screen_quantisation(
 
 
 @app.command(epilog=EPILOG)
+def harden(
+    subject: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SUBJECT",
+            show_default=False,
+            help="Model to harden: built-in name, folder, .gguf file, hub id or BASE+ADAPTER.",
+        ),
+    ] = None,
+    domain: Annotated[
+        str | None,
+        typer.Option(
+            help="What to safeguard: built-in name or folder, with :refusal or :knowledge."
+        ),
+    ] = None,
+    safeguard: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,...][,NAME...]",
+            help="Safeguards, one after the other; the key preset names a preset. May be repeated.",
+        ),
+    ] = None,
+    budget_steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Most updates of a stage.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the whole training.")] = 7,
+    then_stress: Annotated[
+        str,
+        typer.Option(
+            metavar="SUITE",
+            help="Attack the result at once: quick, standard or full, beside the subject without "
+            "a safeguard and with a plain one.",
+        ),
+    ] = "",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder to make; else a new one in durometer-runs."),
+    ] = None,
+    resume: Resume = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F.toml",
+            callback=_config,
+            is_eager=True,
+            help=r"Options from a TOML file, and \[\[stage]] tables (safeguard = ..., settings). "
+            "What is typed wins.",
+        ),
+    ] = None,
+) -> int:
+    """Give a subject a safeguard that is to survive tampering, and save the hardened model."""
+    from durometer import commands, hardening
+
+    commands.set_threads(threads)
+    request = hardening.harden_request(
+        subject,
+        domain,
+        safeguard or [],
+        budget_steps=budget_steps,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+    return hardening.run(request, out, resume=resume, then_stress=then_stress)
+
+
+@app.command()
+def chat(
+    subject: Annotated[str, typer.Argument(metavar="SUBJECT", help="Model to talk to.")],
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="Ask this and end, instead of asking for prompts.")
+    ] = "",
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer.")] = 128,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> int:
+    """Ask a model something: every prompt is a conversation of its own, answered greedily."""
+    from durometer.hardening import run_chat
+
+    return run_chat(subject, prompt, max_tokens, dtype=dtype, device=device)
+
+
+@app.command(epilog=EPILOG)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.")],
     show_texts: Annotated[
@@ -226,7 +312,7 @@ def list_(
     kind: Annotated[
         str,
         typer.Argument(
-            metavar="[subjects|domains|tampers|measures|suites]",
+            metavar="[subjects|domains|tampers|safeguards|measures|suites]",
             show_default=False,
             help="Kind of thing.",
         ),
@@ -238,7 +324,7 @@ def list_(
         ),
     ] = "",
 ) -> int:
-    """List what there is, one line each; a tamper's NAME shows its settings."""
+    """List what there is, one line each; a tamper's or safeguard's NAME shows its settings."""
     from durometer.console import show
     from durometer.listing import listed
 

@@ -14,6 +14,7 @@ from durometer.domains.base import Domain, Role, Split, domain_registry, require
 from durometer.domains.load import read_domain
 from durometer.domains.overlap import COLUMNS, overlap_report, render_rows
 from durometer.measures.base import measure_registry
+from durometer.safeguards.base import safeguard_registry
 from durometer.subjects.builtin import subject_registry
 from durometer.tampers.base import tamper_registry
 from durometer.trials.campaign import Request
@@ -39,6 +40,8 @@ def listed(kind: str = "", name: str = "") -> RenderableType:
         raise unknown_name("kind", kind, KINDS)
     if kind == "tampers" and name:
         return tamper_settings(name)
+    if kind == "safeguards" and name:
+        return safeguard_settings(name)
     header, rows = KINDS[kind]()
     if name:
         rows = [row for row in rows if row[0] == name]
@@ -64,6 +67,14 @@ def _tampers() -> Listing:
     return ("name", "access", "cost", "what it does", "source"), rows
 
 
+def _safeguards() -> Listing:
+    rows = [
+        (name, entry.access, ", ".join(entry.kinds), entry.cost, entry.summary, entry.source)
+        for name, entry in safeguard_registry
+    ]
+    return ("name", "protects", "kinds of domain", "cost", "what it does", "source"), rows
+
+
 def _measures() -> Listing:
     rows = [(name, ", ".join(entry.kinds), entry.summary) for name, entry in measure_registry]
     return ("name", "kinds of domain", "what it reads"), rows
@@ -78,6 +89,7 @@ KINDS: dict[str, Callable[[], Listing]] = {
     "subjects": _subjects,
     "domains": _domains,
     "tampers": _tampers,
+    "safeguards": _safeguards,
     "measures": _measures,
     "suites": _suites,
 }
@@ -94,6 +106,27 @@ def tamper_settings(name: str) -> RenderableType:
         Text(f"{entry.name}: {entry.summary}", style="bold"),
         Text(f"access {entry.access_level} ({entry.access}); cost {entry.cost}; {entry.source}"),
         Text(f"cannot show {entry.cannot_show}"),
+        Text(""),
+        settings_table(entry.settings_class),
+    )
+
+
+def safeguard_settings(name: str) -> RenderableType:
+    """Return what a safeguard is, its presets and a table of its settings.
+
+    Raises:
+        InputError: no such safeguard.
+    """
+    entry = safeguard_registry.get(name)
+    presets = [
+        Text(f"preset {preset}: {', '.join(f'{k}={v}' for k, v in values.items()) or 'defaults'}")
+        for preset, values in entry.presets.items()
+    ]
+    return Group(
+        Text(f"{entry.name}: {entry.summary}", style="bold"),
+        Text(f"protects {entry.access}; cost {entry.cost}; {entry.source}"),
+        Text(f"cannot show {entry.cannot_show}"),
+        *presets,
         Text(""),
         settings_table(entry.settings_class),
     )

@@ -3,24 +3,27 @@
 import re
 import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from durometer.core.errors import InputError, unknown_name
 from durometer.subjects.builtin import subject_registry
+from durometer.subjects.record import read_record
 from durometer.trials.campaign import Request
 
 RUNS = Path("durometer-runs")
-ATTACKS, TAMPER, MEASURE = "attack", "tamper", "measure"
-REPEATED = (TAMPER, MEASURE)
+# Which tables a command takes, by the option that they stand for.
+TABLES = {"tamper": "attack", "safeguard": "stage"}
+# Options that may be given several times.
+REPEATED = (*TABLES, "measure")
 
 
 def read_config(file: Path, known: Mapping[str, bool]) -> dict[str, Any]:
     """Return the options set in a TOML file, as if they had been typed.
 
     Keys are the options' names (``budget_steps`` or ``budget-steps``); every ``[[attack]]`` table
-    names a ``tamper`` and its settings.
+    names a ``tamper`` and its settings, every ``[[stage]]`` table a ``safeguard`` and its own.
 
     Args:
         file: the TOML file.
@@ -35,35 +38,39 @@ def read_config(file: Path, known: Mapping[str, bool]) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{file}: cannot be read: {reason}") from error
     values = {name.replace("-", "_"): value for name, value in values.items()}
-    attacks = [_attack(file, table) for table in _tables(file, values.pop(ATTACKS, []))]
+    option = "safeguard" if "safeguard" in known else "tamper"
+    heads = TABLES[option]
+    methods = [_method(file, option, t) for t in _tables(file, heads, values.pop(heads, []))]
     for name in values:
         if name not in known:
-            raise InputError(f"{file}: {unknown_name('key', name, [*known, ATTACKS])}")
+            raise InputError(f"{file}: {unknown_name('key', name, [*known, heads])}")
     options = {name: _typed(file, name, value, known[name]) for name, value in values.items()}
-    if attacks:
-        options[TAMPER] = [*options.get(TAMPER, []), *attacks]
+    if methods:
+        options[option] = [*options.get(option, []), *methods]
     return options
 
 
-def _tables(file: Path, tables: Any) -> list[dict[str, Any]]:
+def _tables(file: Path, heads: str, tables: Any) -> list[dict[str, Any]]:
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise InputError(f"{file}: '{ATTACKS}' must be tables, each headed [[{ATTACKS}]]")
+        raise InputError(f"{file}: '{heads}' must be tables, each headed [[{heads}]]")
     return tables
 
 
-def _attack(file: Path, table: Mapping[str, Any]) -> str:
-    """Return one table as ``--tamper`` takes it, its names and values checked."""
+def _method(file: Path, option: str, table: Mapping[str, Any]) -> str:
+    """Return one table as ``--tamper`` or ``--safeguard`` takes it, names and values checked."""
+    from durometer.safeguards.base import make_safeguard
     from durometer.tampers.base import make_tamper
 
-    if not isinstance(table.get(TAMPER), str):
-        raise InputError(f'{file}: every [[{ATTACKS}]] needs {TAMPER} = "NAME"')
-    settings = {name: value for name, value in table.items() if name != TAMPER}
+    if not isinstance(table.get(option), str):
+        raise InputError(f'{file}: every [[{TABLES[option]}]] needs {option} = "NAME"')
+    settings = {name: value for name, value in table.items() if name != option}
+    make: Callable[..., object] = make_safeguard if option == "safeguard" else make_tamper
     try:
-        make_tamper(table[TAMPER], **settings)
+        make(table[option], **settings)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     pairs = [f"{name}={_plain(value)}" for name, value in settings.items()]
-    return f"{table[TAMPER]}:{','.join(pairs)}" if pairs else str(table[TAMPER])
+    return f"{table[option]}:{','.join(pairs)}" if pairs else str(table[option])
 
 
 def _typed(file: Path, name: str, value: Any, flag: bool) -> Any:
@@ -81,6 +88,8 @@ def _typed(file: Path, name: str, value: Any, flag: bool) -> Any:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -95,10 +104,16 @@ def domain_for(subject: str, domain: str | None) -> str:
     names = subject_registry.names()
     if subject not in names and not set("/\\+.") & set(subject) and not Path(subject).exists():
         raise unknown_name("subject", subject, names)
-    own = subject_registry.get(subject).domain if subject in names else ""
+    own = subject_registry.get(subject).domain if subject in names else _recorded(subject)
     if not own:
         raise InputError(f"subject '{subject}': say what it is safeguarded on, with --domain")
     return own
+
+
+def _recorded(subject: str) -> str:
+    """Return the domain that a hardened model's folder says it is safeguarded on, else ''."""
+    domain = read_record(Path(subject)).get("domain", {}) if Path(subject).is_dir() else {}
+    return str(domain.get("spec", ""))
 
 
 def free_folder(*parts: str) -> Path:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -44,7 +45,7 @@ class CampaignProgress:
         self._spent = 0.0
         self._subjects: dict[SubjectRole, str] = {}
 
-    def __enter__(self) -> "CampaignProgress":
+    def __enter__(self) -> Self:
         NOTES.addHandler(self._notes)
         if self._stream.isatty() and os.environ.get("TERM") != "dumb":
             self._live = Live(

@@ -21,10 +21,12 @@ class Restoration:
 
     Args:
         model: the model that is about to be changed.
+        host: keep the copies in the host's memory, so that the device holds no second copy.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, host: bool = False) -> None:
         self._model = model
+        self._host = host
         # By identity: while an adapter is on, the same weights go by other names.
         self._parameters = dict(model.named_parameters())
         self._copies: dict[str, torch.Tensor] = {}
@@ -41,7 +43,8 @@ class Restoration:
         chosen = [(name, self._parameters[name]) for name in names]
         for name, parameter in chosen:
             if name not in self._copies:
-                self._copies[name] = parameter.detach().clone()
+                weight = parameter.detach()
+                self._copies[name] = weight.to("cpu", copy=True) if self._host else weight.clone()
         return [parameter for _, parameter in chosen]
 
     def on_exit(self, callback: Callable[[], None]) -> None:
@@ -53,8 +56,9 @@ class Restoration:
         return {name: float(self.change(name).norm()) for name in self._copies}
 
     def change(self, name: str) -> torch.Tensor:
-        """Return what was added to an announced weight so far (fp32)."""
-        return self._parameters[name].detach().float() - self._copies[name].float()
+        """Return by how much an announced weight was changed, fp32."""
+        now = self._parameters[name].detach()
+        return now.float() - self._copies[name].to(now.device).float()
 
     def copied_bytes(self) -> int:
         """Return the size of the copies held: at most one of every changed weight."""

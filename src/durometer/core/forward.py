@@ -33,11 +33,18 @@ class Labelled:
         logits: shape [labels, vocabulary], in the model's dtype.
         targets: shape [labels].
         rows: index of each label's row in the list given, shape [labels].
+        members: the rows of this pass, as indices into the list given.
+        predictors: position of each label's prediction in the flattened input, shape [labels].
+        reach: which positions of the flattened input each row reads, all its tokens but the last
+            one, shape [members, positions], bool.
     """
 
     logits: torch.Tensor
     targets: torch.Tensor
     rows: torch.Tensor
+    members: tuple[int, ...]
+    predictors: torch.Tensor
+    reach: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -75,14 +82,24 @@ class Forward:
         """Where the model's weights are."""
         return next(self.model.parameters()).device
 
-    def labelled(self, rows: Sequence[Row], nodes: int = NODES_PER_PACK) -> Iterator[Labelled]:
-        """Yield the logits of ``rows`` at their labels, a pack at a time (gradients flow)."""
+    def labelled(
+        self, rows: Sequence[Row], nodes: int = NODES_PER_PACK, *, whole: bool = False
+    ) -> Iterator[Labelled]:
+        """Yield the logits of ``rows`` at their labels, a pack at a time (gradients flow).
+
+        Args:
+            nodes: most nodes of a pack.
+            whole: all rows in one pass whatever they take, where the window allows it.
+        """
         if self.tree and all(len(row.ids) <= self._window for row in rows):
-            for members, pack in tree_packs(rows, min(nodes, self._window)):
+            for members, pack in tree_packs(
+                rows, min(sys.maxsize if whole else nodes, self._window)
+            ):
                 yield self._tree_pass(members, pack)
         else:
-            for start in range(0, len(rows), PADDED_ROWS):
-                yield self._padded_pass(rows[start : start + PADDED_ROWS], start)
+            size = max(len(rows), 1) if whole else PADDED_ROWS
+            for start in range(0, len(rows), size):
+                yield self._padded_pass(rows[start : start + size], start)
 
     def loss_sums(self, rows: Sequence[Row]) -> Iterator[torch.Tensor]:
         """Yield, a pack at a time, the summed cross-entropy over the labels (fp32, nats)."""
@@ -122,7 +139,15 @@ class Forward:
             logits_to_keep=keep.to(device),
         ).logits[0]
         owners = torch.tensor(members)[pack.rows]
-        return Labelled(logits[inverse.to(device)], pack.targets.to(device), owners.to(device))
+        last = torch.cat([pack.rows[1:] != pack.rows[:-1], torch.tensor([True])])
+        return Labelled(
+            logits[inverse.to(device)],
+            pack.targets.to(device),
+            owners.to(device),
+            tuple(members),
+            pack.predictors.to(device),
+            pack.visible[pack.predictors[last]].to(device),
+        )
 
     def _padded_pass(self, rows: Sequence[Row], start: int) -> Labelled:
         length = max(len(row.ids) for row in rows)
@@ -139,7 +164,17 @@ class Forward:
         ).logits
         owners, positions = torch.tensor(where).T.to(device)
         targets = torch.tensor([label for row in rows for label in row.labels], device=device)
-        return Labelled(logits[owners, positions], targets, owners + start)
+        reach = torch.zeros(len(rows), len(rows), length, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            reach[index, index, : len(row.ids) - 1] = True
+        return Labelled(
+            logits[owners, positions],
+            targets,
+            owners + start,
+            tuple(range(start, start + len(rows))),
+            owners * length + positions,
+            reach.flatten(1).to(device),
+        )
 
 
 def attention_window(model: nn.Module) -> int:

@@ -1,9 +1,10 @@
 """The one training loop: safeguards, tampers and a safeguard's inner adversary all drive it."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,16 +95,43 @@ class Trainer:
         Raises:
             DivergedError: the loss or the gradient is not finite; the weights stay as they were.
         """
-        self._forward.model.train()
-        self._clear_gradients()  # of an update that was broken off, by lack of memory for one
+        self.begin()
         labels = sum(len(row.labels) for row in rows)
         loss = 0.0
         for part in self._forward.loss_sums(rows):
             (part / labels).backward()
             loss += float(part.detach()) / labels
+        return self.finish(rows, loss)
+
+    def begin(self) -> None:
+        """Make ready for the gradients of one update, whoever computes them."""
+        self._forward.model.train()
+        self._clear_gradients()  # of an update that was broken off, by lack of memory for one
+
+    def finish(
+        self,
+        rows: Sequence[Row],
+        loss: float,
+        gradients: Sequence[torch.Tensor | None] | None = None,
+    ) -> Update:
+        """Make the update that ``begin`` announced.
+
+        Args:
+            rows: what the loss was computed on, for the record.
+            loss: its value before the update.
+            gradients: fp32, one a parameter, in place of those that the parameters hold.
+
+        Raises:
+            DivergedError: the loss or the gradient is not finite; the weights stay as they were.
+        """
         rate = self._rate()
+        if gradients is not None:
+            self._clear_gradients()
+            for master, gradient in zip(self._masters, gradients, strict=True):
+                master.grad = gradient
         self._apply(rate, loss)
         self._step += 1
+        labels = sum(len(row.labels) for row in rows)
         return Update(
             self._step,
             loss,
@@ -113,6 +141,64 @@ class Trainer:
             tuple(row.item_id for row in rows),
             sum(row.restricted for row in rows),
         )
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return all that a later trainer needs to go on: tensors by name, and plain values."""
+        saved = self._optimizer.state_dict()
+        tensors = {f"weights.{i}": m.detach() for i, m in enumerate(self._masters)}
+        plain: dict[str, Any] = {"step": self._step, "groups": saved["param_groups"], "state": {}}
+        for index, values in saved["state"].items():
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"state.{index}.{name}"] = value
+                else:
+                    plain["state"].setdefault(str(index), {})[name] = value
+        return tensors, plain
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
+        """Go on from what ``state`` returned, bit for bit."""
+        state: dict[int, dict[str, Any]] = {
+            int(index): dict(values) for index, values in plain["state"].items()
+        }
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "weights":
+                self._masters[int(rest)].copy_(tensor)
+            else:
+                index, _, key = rest.partition(".")
+                state.setdefault(int(index), {})[key] = tensor
+        groups = [
+            {
+                key: tuple(v) if isinstance(v, list) and key != "params" else v
+                for key, v in g.items()
+            }
+            for g in plain["groups"]
+        ]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._step = int(plain["step"])
+        self._write_back()
+
+    def release(self) -> None:
+        """Leave the weights as they are to be used: the averaged iterate, where there is one."""
+        if has_averages(self._optimizer):
+            switch_iterate(self._optimizer, averaged=True)
+            self._write_back()
+
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        """Keep the optimiser's state in the host's memory while something else needs the device."""
+        moved: list[tuple[torch.Tensor, torch.device]] = []
+        for values in self._optimizer.state.values():
+            for value in values.values():
+                if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                    moved.append((value, value.device))
+                    value.data = value.data.cpu()
+        try:
+            yield
+        finally:
+            for tensor, device in moved:
+                tensor.data = tensor.data.to(device)
 
     def reset_optimizer(self) -> None:
         """Forget the optimiser's moments and averages; weights, steps and schedule go on."""

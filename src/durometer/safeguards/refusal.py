@@ -1,37 +1,69 @@
 """Refusal training: supervised fine-tuning on refusals, the plain safeguard."""
 
 import functools
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from durometer.core.adapters import Adapter, linear_maps
+from pydantic import model_validator
+
 from durometer.core.cache import cached_folder
 from durometer.core.rows import Row
+from durometer.core.schedules import Schedule
 from durometer.core.seeds import Seeds
-from durometer.core.settings import Settings, digest_of, setting
+from durometer.core.settings import digest_of, setting
 from durometer.core.sources import source_hash
-from durometer.core.training import OptimisationPlan, Trainer, Update
-from durometer.domains.base import Domain, Role, Split
+from durometer.core.training import DivergedError, Update
+from durometer.domains.base import Domain
 from durometer.domains.load import load_domain
+from durometer.safeguards.base import Safeguard, Scope, TrainingSettings, safeguard
+from durometer.safeguards.data import DefenceData
+from durometer.safeguards.train import TrainingRun
 from durometer.subjects.base import Subject
 from durometer.subjects.builtin import BuiltinSubject, subject_registry
 from durometer.subjects.load import load_subject, quiet_libraries
-from durometer.tampers.data import make_rows, shuffled_batches
 
 SAFEGUARD_SEED = 7
 
 
-class RefusalSettings(Settings):
+class RefusalSettings(TrainingSettings):
     """Settings of refusal training."""
 
     steps: int = setting(40, "updates", ge=1)
     learning_rate: float = setting(1e-3, "peak learning rate, linear decay", gt=0)
+    schedule: Schedule = setting("linear", "learning-rate schedule")
+    warmup_steps: int = setting(-1, "updates of linear warm-up; -1 is a tenth of all", ge=-1)
     batch_size: int = setting(16, "rows an update, half of them harmless", ge=2)
+    train: Scope = setting(
+        "adapter",
+        "trained weights: all, the matrices of the blocks or of one kind, or a merged adapter",
+    )
     rank: int = setting(16, "rank of the adapter, merged when done", ge=1)
     harmless_share: float = setting(
         0.5, "share of each batch that is answered as usual", ge=0, lt=1
     )
+
+    @model_validator(mode="after")
+    def _tenth(self) -> Self:
+        """Write out a warm-up that was left to the number of steps."""
+        if self.warmup_steps < 0:
+            object.__setattr__(self, "warmup_steps", self.steps // 10)
+        return self
+
+
+@safeguard("refusal", aliases=("refusal_training",))
+class Refusal(Safeguard[RefusalSettings]):
+    """Supervised fine-tuning on refusals of restricted prompts and on harmless rows."""
+
+    summary = "supervised fine-tuning on refusals, with harmless rows answered as usual"
+    cost = "1 pass a step"
+    source = "plain supervised fine-tuning; a few steps of it are undone by as few"
+    cannot_show = "resistance to fine-tuning; it is what others are compared with"
+    kinds = ("refusal",)
+    settings_class = RefusalSettings
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "tiny": {"steps": 120, "learning_rate": 3e-3}
+    }
 
 
 def refusal_rows(subject: Subject, domain: Domain) -> tuple[list[Row], list[Row]]:
@@ -39,20 +71,8 @@ def refusal_rows(subject: Subject, domain: Domain) -> tuple[list[Row], list[Row]
 
     Both come from the ``defence`` split alone.
     """
-    restricted = [
-        (item, domain.refusal_for(item))
-        for item in domain.select(Role.RESTRICTED, Split.DEFENCE, training=True)
-    ]
-    harmless = [
-        (item, item.response)
-        for role in (Role.RETAIN, Role.BENIGN)
-        for item in domain.select(role, Split.DEFENCE, training=True)
-    ]
-    made = [
-        make_rows(chosen, subject.chat, label_prompt=False, max_length=512)
-        for chosen in (restricted, harmless)
-    ]
-    return made[0], made[1]
+    data = DefenceData(subject, domain)
+    return [u[0] for u in data.pool("refusals")], [u[0] for u in data.pool("retain")]
 
 
 def train_refusal(
@@ -66,28 +86,14 @@ def train_refusal(
 
     The adapter is merged into the weights when training ends; this is a safeguard, so the change
     stays.
+
+    Raises:
+        DivergedError: the loss is not finite.
     """
-    restricted, harmless = refusal_rows(subject, domain)
-    plan = OptimisationPlan(
-        "adamw", settings.learning_rate, settings.steps, "linear", warmup=settings.steps // 10
-    )
-    adapter = Adapter(
-        subject.model,
-        linear_maps(subject.model, "all"),
-        rank=settings.rank,
-        alpha=2.0 * settings.rank,
-        seed=seeds.initialisation,
-    )
-    trainer = Trainer(subject.forward, adapter.trainable(), plan)
-    batches = shuffled_batches(
-        restricted, harmless, settings.batch_size, settings.harmless_share, seeds
-    )
-    for rows in itertools.islice(batches, settings.steps):
-        update = trainer.update(rows)
-        if on_update is not None:
-            on_update(update)
-    adapter.merge()
-    subject.model.requires_grad_(False).eval()
+    run = TrainingRun(Refusal(settings), subject, DefenceData(subject, domain), seeds)
+    outcome = run.run(lambda report: on_update(report.update) if on_update else None)
+    if outcome.status == "diverged":
+        raise DivergedError(outcome.reason)
 
 
 def safeguarded_folder(

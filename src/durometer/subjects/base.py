@@ -12,7 +12,7 @@ from durometer.core.forward import Forward, supports_tree
 from durometer.core.generation import GREEDY, Decoding
 from durometer.domains.base import Item, Role
 from durometer.subjects.chat import ChatFormat
-from durometer.subjects.fingerprint import text_fingerprint, weights_fingerprint
+from durometer.subjects.fingerprint import text_fingerprint, weights_checksum, weights_fingerprint
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,26 @@ class Subject:
         self.restoration.on_exit(back)
         self.restricted_chat = chat or self.restricted_chat
         self.decoding = decoding or self.decoding
+
+    @contextmanager
+    def lent(self, *, host: bool = False) -> Iterator["Subject"]:
+        """Like ``restored``, for a model in training: checked against its weights as they are now.
+
+        Args:
+            host: keep the copies of changed weights in the host's memory.
+
+        Raises:
+            RestoreError: the weights are not what they were.
+        """
+        before, outer = weights_checksum(self.model), self._restoration
+        self._restoration = Restoration(self.model, host=host)
+        try:
+            yield self
+        finally:
+            restoration, self._restoration = self._restoration, outer
+            restoration.restore()
+            if weights_checksum(self.model) != before:
+                raise RestoreError(f"subject '{self.name}': an inner attack was not undone exactly")
 
     @contextmanager
     def restored(self) -> Iterator["Subject"]:

@@ -24,6 +24,7 @@ class BuiltinSubject:
         folder: builds the model folder if it is not cached, and returns it.
         domain: the domain that its safeguard is for, '' without a safeguard.
         undefended, reference: the controls of a safeguarded subject, by name.
+        licence: of its weights, as in a model card.
     """
 
     description: str
@@ -31,6 +32,7 @@ class BuiltinSubject:
     domain: str = ""
     undefended: str = ""
     reference: str = ""
+    licence: str = "apache-2.0"
 
 
 subject_registry: Registry[BuiltinSubject] = Registry("subject", "durometer.subjects")

@@ -24,6 +24,7 @@ from durometer.formats.safetensors import read_header
 from durometer.subjects.base import Source, Subject
 from durometer.subjects.builtin import subject_registry
 from durometer.subjects.chat import ChatFormat
+from durometer.subjects.record import controls
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?")
@@ -89,7 +90,7 @@ def _load_plain(spec: str, dtype: DtypeName, device: torch.device) -> Subject:
     if path.suffix == ".gguf":
         return _from_gguf(path, dtype, device)
     if path.is_dir():
-        source = Source("folder", str(path))
+        source = Source("folder", str(path), "", *controls(path, subject_registry.names()))
         return _from_folder(path, path.resolve().name, source, dtype, device)
     if path.exists():
         raise InputError(f"{path}: not a model folder or .gguf file; name the folder that holds it")

@@ -1,0 +1,393 @@
+"""The one loop that trains every safeguard: visit, collect gradients, combine, update."""
+
+import functools
+import hashlib
+import operator
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from durometer.core.adapters import Adapter, linear_maps
+from durometer.core.errors import DurometerError, InputError
+from durometer.core.rows import Row
+from durometer.core.seeds import Seeds
+from durometer.core.training import DivergedError, OptimisationPlan, Trainer, Update
+from durometer.safeguards.attacks import AttackRunner
+from durometer.safeguards.banks import GradientBank
+from durometer.safeguards.base import Per, Safeguard, Term, TrainingSettings
+from durometer.safeguards.checkpoint import CheckpointFile
+from durometer.safeguards.data import DefenceData, Streams, Unit
+from durometer.safeguards.ledger import Ledger
+from durometer.safeguards.passes import Pass, Reference, passes
+from durometer.subjects.base import Subject
+
+# Updates after which the gradient of every term is looked at by itself: not at once, since an
+# anchor's gradient vanishes at its reference.
+FIRST_LOOK, LOOK_EVERY = 4, 50
+SUM = "sum"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one update of a safeguard did.
+
+    Attributes:
+        update: the optimiser's update; ``loss`` is that of all terms.
+        losses: each term's loss times its coefficient, summed over the visits.
+        norms: norms of single terms' gradients, at the steps at which they are taken apart.
+    """
+
+    update: Update
+    losses: dict[str, float]
+    norms: dict[str, float]
+
+
+OnReport = Callable[[Report], None]
+
+
+@dataclass
+class Outcome:
+    """How training ended.
+
+    Attributes:
+        status: ``done``, ``stopped`` (by the safeguard's own rule) or ``diverged``.
+        reason: one line for any status but ``done``.
+        learning_rates: the rate of every update.
+        losses: what every term added to the loss of every update.
+        norms: norms of single terms' gradients, by the number of the update.
+        orders: hash of the order of each pool's first epoch.
+    """
+
+    status: str = "done"
+    reason: str = ""
+    steps: int = 0
+    ledger: Ledger = field(default_factory=Ledger)
+    learning_rates: list[float] = field(default_factory=list)
+    losses: list[dict[str, float]] = field(default_factory=list)
+    norms: dict[str, dict[str, float]] = field(default_factory=dict)
+    orders: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Step:
+    """One update in the making, as the hooks of a safeguard see it.
+
+    Attributes:
+        number: from 0.
+        steps: planned in all.
+        subject: the model in training.
+        bank: gradients collected so far.
+        attacks: runs inner attacks.
+        losses: each term's loss so far, coefficients and weights of visits included.
+    """
+
+    number: int
+    steps: int
+    subject: Subject
+    bank: GradientBank
+    attacks: AttackRunner
+    names: list[str]
+    _seeds: Seeds
+    _streams: Streams
+    _evaluate: Callable[["Step", str, float], None]
+    losses: dict[str, float] = field(default_factory=dict)
+    apart: bool = False
+    _rows: dict[str, list[Unit]] = field(default_factory=dict)
+
+    def units(self, pool: str) -> list[Unit]:
+        """Return this step's batch of ``pool``, the same however often it is asked for."""
+        if pool not in self._rows:
+            self._rows[pool] = self._streams.next(pool)
+        return self._rows[pool]
+
+    def rows(self, pool: str) -> list[Row]:
+        """Return the rows of this step's batch of ``pool``."""
+        return [row for unit in self.units(pool) for row in unit]
+
+    def seed(self, purpose: str) -> int:
+        """Return a seed of this step's own, the same after a resume."""
+        text = f"{purpose}:{self.number}:{self._seeds.sampling}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+    def random(self, purpose: str) -> torch.Generator:
+        """Return a generator of this step's own."""
+        return torch.Generator().manual_seed(self.seed(purpose))
+
+    def evaluate(self, place: str, weight: float = 1.0) -> None:
+        """Add the gradients of the terms of ``place``, taken at the weights as they are now.
+
+        Visits do this by themselves; a probe that follows a gradient asks for it before.
+        """
+        self._evaluate(self, place, weight)
+
+    def by_name(self, gradients: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """Return gradients by the names of the trained weights."""
+        return {
+            name: gradient
+            for name, gradient in zip(self.names, gradients, strict=True)
+            if gradient is not None
+        }
+
+
+class TrainingRun:
+    """One safeguard's training on one subject, in place.
+
+    Args:
+        data: what may be learnt from.
+        reference: the frozen model, where the safeguard wants one.
+        checkpoint: where to keep the state, so that a run that was killed goes on.
+
+    Raises:
+        InputError: the domain lacks rows that a term reads.
+    """
+
+    def __init__(
+        self,
+        safeguard: Safeguard[Any],
+        subject: Subject,
+        data: DefenceData,
+        seeds: Seeds,
+        *,
+        reference: Reference | None = None,
+        checkpoint: CheckpointFile | None = None,
+    ) -> None:
+        settings = safeguard.settings
+        if not isinstance(settings, TrainingSettings):
+            raise TypeError(f"safeguard '{safeguard.name}' has no training settings")
+        self.safeguard, self.subject, self.data, self.seeds = safeguard, subject, data, seeds
+        self._settings = settings
+        self._reference, self._checkpoint = reference, checkpoint
+        data.add(safeguard.pools(data))
+        self.terms = safeguard.terms(subject, data)
+        for term in self.terms:
+            if any(term.weight(step, settings.steps) for step in range(settings.steps)):
+                data.pool(term.rows)
+        self.outcome = Outcome()
+        self._quiet: dict[str, int] = {}
+
+    def run(self, on_report: OnReport | None = None) -> Outcome:
+        """Train, and leave the subject with the trained weights, frozen and in evaluation mode.
+
+        A diverging run ends at its last finite weights, and says so.
+        """
+        settings, begun = self._settings, time.perf_counter()
+        adapter, parameters, names = trained_parameters(self.subject, settings, self.seeds)
+        self.trainer = Trainer(self.subject.forward, parameters, plan_of(settings))
+        self.bank = GradientBank(parameters)
+        self._names = names
+        self.streams = Streams(self.data, self.seeds, settings.batch_size, settings.harmless_share)
+        self.attacks = AttackRunner(self.subject, self.data, self.outcome.ledger, self.trainer)
+        first = self._resume()
+        spent = self.outcome.ledger.seconds
+        try:
+            with self.safeguard.hooks(self.subject, self.data):
+                for number in range(first, settings.steps):
+                    report = self._step(number)
+                    self.outcome.ledger.seconds = spent + time.perf_counter() - begun
+                    if on_report is not None:
+                        on_report(report)
+                    if self.outcome.reason:
+                        break
+                    self._save(number + 1)
+        except DivergedError as error:
+            self.outcome.status = "diverged"
+            self.outcome.reason = f"after {self.outcome.steps} updates: {error}"
+        self._finish(adapter)
+        return self.outcome
+
+    def _finish(self, adapter: Adapter | None) -> None:
+        self.trainer.release()
+        if adapter is not None:
+            adapter.merge()
+        self.subject.model.requires_grad_(False).eval()
+        for parameter in self.subject.model.parameters():
+            parameter.grad = None
+        if self._reference is not None:
+            self.outcome.ledger.reference_forwards = self._reference.forwards
+        self.outcome.orders = self.streams.order_hashes()
+        self.outcome.ledger.close(self.subject.forward.device)
+
+    def _step(self, number: int) -> Report:
+        step = Step(
+            number,
+            self._settings.steps,
+            self.subject,
+            self.bank,
+            self.attacks,
+            self._names,
+            self.seeds,
+            self.streams,
+            self._evaluate,
+            apart=self.safeguard.separate or number % LOOK_EVERY == FIRST_LOOK,
+        )
+        self.trainer.begin()
+        self.bank.clear()
+        for visit in self.safeguard.visits(step):
+            self._evaluate(step, visit.place, visit.weight)
+        norms = self._look(step) if step.apart else {}
+        gradients = self.safeguard.transform(step)
+        supervised = step.rows("sft") if "sft" in step.losses else []
+        update = self.trainer.finish(supervised, sum(step.losses.values()), gradients)
+        return self._noted(step, update, norms)
+
+    def _noted(self, step: Step, update: Update, norms: dict[str, float]) -> Report:
+        outcome = self.outcome
+        outcome.steps = outcome.ledger.steps = update.step
+        outcome.learning_rates.append(update.learning_rate)
+        outcome.losses.append(dict(step.losses))
+        if norms:
+            outcome.norms[str(update.step)] = norms
+        reason = self.safeguard.stop(step, step.losses)
+        if reason:
+            outcome.status, outcome.reason = "stopped", reason
+        return Report(update, dict(step.losses), norms)
+
+    def _evaluate(self, step: Step, place: str, weight: float) -> None:
+        """Add to the bank the gradients of the terms of ``place`` at the weights as they are."""
+        weighted = {
+            term: weight * term.weight(step.number, step.steps)
+            for term in self.terms
+            if term.at == place
+        }
+        pools: dict[str, dict[Term, float]] = {}
+        for term, factor in weighted.items():
+            if factor:
+                pools.setdefault(term.rows, {})[term] = factor
+        for pool, terms in pools.items():
+            rows = step.rows(pool)
+            roles = tuple(dict.fromkeys(role for term in terms for role in term.reads))
+            self.outcome.ledger.count(place, sum(len(row.ids) for row in rows))
+            whole = any(term.whole for term in terms)
+            for one in passes(self.subject.forward, rows, roles, self._reference, whole=whole):
+                self._backward(step, one, terms, rows)
+
+    def _backward(
+        self, step: Step, one: Pass, terms: Mapping[Term, float], rows: Sequence[Row]
+    ) -> None:
+        parts = {term: reduced(term, one, rows) * factor for term, factor in terms.items()}
+        for term, part in parts.items():
+            step.losses[term.name] = step.losses.get(term.name, 0.0) + float(part.detach())
+        if not step.apart:
+            with self.bank.collecting(SUM):
+                functools.reduce(operator.add, parts.values()).backward()
+            return
+        for left, (term, part) in enumerate(parts.items(), 1 - len(parts)):
+            with self.bank.collecting(term.name):
+                part.backward(retain_graph=left < 0)
+
+    def _look(self, step: Step) -> dict[str, float]:
+        """Return the norm of every term's gradient.
+
+        Raises:
+            DurometerError: a term has had none twice in a row, and does not say that it may.
+        """
+        norms = {name: self.bank.norm(name) for name in self.bank.names()}
+        resting = {term.name for term in self.terms if term.may_rest}
+        for name, norm in norms.items():
+            self._quiet[name] = 0 if norm or name in resting else self._quiet.get(name, 0) + 1
+            if self._quiet[name] > 1:
+                raise DurometerError(
+                    f"safeguard '{self.safeguard.name}': the term '{name}' has no gradient at step "
+                    f"{step.number}; it would have no effect"
+                )
+        return norms
+
+    # ---- going on after a kill -----------------------------------------------------------------
+
+    def _save(self, done: int) -> None:
+        file = self._checkpoint
+        if file is None or not file.due(done) or not self.safeguard.can_resume(done):
+            return
+        tensors, plain = self.trainer.state()
+        outcome = self.outcome
+        state = {
+            "trainer": plain,
+            "drawn": self.streams.drawn,
+            "learning_rates": outcome.learning_rates,
+            "losses": outcome.losses,
+            "norms": outcome.norms,
+            "ledger": {
+                name: value
+                for name, value in outcome.ledger.as_dict().items()
+                if name != "all_passes"
+            },
+        }
+        file.save(tensors, state)
+
+    def _resume(self) -> int:
+        found = self._checkpoint.load() if self._checkpoint is not None else None
+        if found is None:
+            return 0
+        tensors, state = found
+        self.trainer.load_state(tensors, state["trainer"])
+        self.streams.skip(state["drawn"])
+        outcome = self.outcome
+        outcome.learning_rates, outcome.losses = state["learning_rates"], state["losses"]
+        outcome.norms = state["norms"]
+        for name, value in state["ledger"].items():
+            setattr(outcome.ledger, name, value)
+        outcome.steps = outcome.ledger.steps
+        return outcome.steps
+
+
+def reduced(term: Term, one: Pass, rows: Sequence[Row]) -> torch.Tensor:
+    """Return this pass's share of the mean of a term over the whole batch ``rows``."""
+    value = term.loss(one)
+    here, total = _count(term.per, one.rows), _count(term.per, rows)
+    if term.per == "batch":
+        return value * (here / total)
+    if value.shape != (here,):
+        raise TypeError(f"term '{term.name}': {tuple(value.shape)} values for {here} {term.per}s")
+    return value.sum() / total
+
+
+def _count(per: Per, rows: Sequence[Row]) -> int:
+    if per == "label":
+        return sum(len(row.labels) for row in rows)
+    if per == "token":
+        return sum(len(row.ids) - 1 for row in rows)
+    return len(rows)
+
+
+def plan_of(settings: TrainingSettings) -> OptimisationPlan:
+    """Return how the settings say that weights are updated."""
+    return OptimisationPlan(
+        settings.optimizer,
+        settings.learning_rate,
+        settings.steps,
+        settings.schedule,
+        settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        gradient_clip=settings.gradient_clip,
+    )
+
+
+def trained_parameters(
+    subject: Subject, settings: TrainingSettings, seeds: Seeds
+) -> tuple[Adapter | None, list[nn.Parameter], list[str]]:
+    """Make ready what the settings train: the adapter if any, the parameters, their names.
+
+    Raises:
+        InputError: the subject has no such weights.
+    """
+    model = subject.model
+    if settings.train == "adapter":
+        maps = linear_maps(model, "all")
+        alpha = 2.0 * settings.rank
+        adapter = Adapter(model, maps, rank=settings.rank, alpha=alpha, seed=seeds.initialisation)
+        parameters = adapter.trainable()
+        return adapter, parameters, [f"adapter.{i}" for i in range(len(parameters))]
+    names = [name for name, _ in model.named_parameters()]
+    if settings.train != "all":
+        kind = "all" if settings.train == "blocks" else settings.train
+        names = [f"{name}.weight" for name in linear_maps(model, kind)]
+    if not names:
+        raise InputError(f"subject '{subject.name}' has no weights for train = {settings.train}")
+    chosen = dict(model.named_parameters())
+    for name in names:
+        chosen[name].requires_grad_(True)
+    return None, [chosen[name] for name in names], names
