@@ -57,8 +57,9 @@ class Restoration:
 
     def change(self, name: str) -> torch.Tensor:
         """Return by how much an announced weight was changed, fp32."""
-        now = self._parameters[name].detach()
-        return now.float() - self._copies[name].to(now.device).float()
+        # One fp32 tensor at a time: a table of embeddings is large beside the rest of an attack.
+        change = self._parameters[name].detach().to(torch.float32, copy=True)
+        return change.sub_(self._copies[name].to(change.device))
 
     def copied_bytes(self) -> int:
         """Return the size of the copies held: at most one of every changed weight."""
