@@ -178,7 +178,7 @@ def describe_trial(spec: TrialSpec, subject: str) -> str:
     """Return a few words that tell a trial from the others of its campaign."""
     if spec.tamper == "none":
         return f"measure {subject} before any tamper"
-    again = "again, " if spec.purpose == "fresh" else ""
+    again = {"fresh": "again, ", "matched": "control without its aim: "}.get(spec.purpose, "")
     return f"{again}attack {spec.tamper} seed {spec.seed} on {subject}"
 
 
