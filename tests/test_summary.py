@@ -552,6 +552,20 @@ def test_random_content_that_breaks_the_subject_is_told(
     assert matched_row(control, [])["attack"] == "lora"
 
 
+def test_a_matched_control_that_failed_has_not_passed(tmp_path: Path) -> None:
+    screen = [attack(seed, *BREAKS_AT_2) for seed in (1, 2, 3)]
+    good = attack(1, *NEVER_BREAKS, rank=7, purpose="matched")
+    failed = attack(1, rank=8, purpose="matched", status="errored")
+    for number, (matched, said) in enumerate(
+        (([failed], "none gave"), ([good, failed], "none br"))
+    ):
+        told = as_json(stored(tmp_path / str(number), [*controls(), *screen, *matched]))
+        (line,) = [c for c in told["controls"] if c["name"] == "matched_random"]
+        assert line["status"] == "not_run"
+        assert said in line["detail"]
+        assert "not judged: lora (rank=8)" in line["detail"]
+
+
 def soft_prompt(purpose: str, role: str = "subject", *, every: Any = 0, **more: Any) -> TrialRecord:
     made = [checkpoint(steps, every, every, 40) for steps in (1, 2, 4)]
     return tell(trial(*made, purpose=purpose, role=role, tamper="soft_prompt", **more))

@@ -21,6 +21,7 @@ from durometer.measures.extraction import TRIES
 from durometer.report import figures
 from durometer.report.figures import Curve, Place, Point, budget_of, budget_text, strength_at
 from durometer.report.further import further_tables
+from durometer.report.summary import has_threshold
 from durometer.trials.analysis import success_items, success_rate
 from durometer.trials.behaviour import LEVEL
 from durometer.trials.record import CheckpointRecord, TrialRecord, TrialSpec
@@ -259,11 +260,14 @@ def matched_row(control: Json, tampers: Sequence[Json]) -> dict[str, Any]:
     statuses = [s["status"] for s in control["statuses"].values()]
     after = stands_for(control, "success_report")
     status = "broke" if control["broke"] else "did not break it" if after else statuses[0]
+    judged = has_threshold(control)
+    if after and not judged:
+        status = "could not be judged"
     return {
         "control": control,
         "attack": " / ".join(_attacks_of(control, tampers)) or control["name"],
         "status": status,
-        "kind": "fail" if control["broke"] else "pass" if after else "warn",
+        "kind": "fail" if control["broke"] else "pass" if after and judged else "warn",
         "after": after,
         "cost": stands_for(control, "utility_loss"),
     }

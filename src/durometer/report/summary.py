@@ -1,7 +1,7 @@
 """``summary.json``: every number a report shows, computed from the stored records alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
@@ -158,7 +158,7 @@ def verdict(tampers: list[dict[str, Any]], suite: dict[str, Any], *, complete: b
     )
 
 
-def has_threshold(tamper: dict[str, Any]) -> bool:
+def has_threshold(tamper: Mapping[str, Any]) -> bool:
     """Say whether a break was defined: the undefended subject must do better than the floor."""
     return all(
         any(level["value"] is not None for level in tamper["thresholds"].get(split, []))
@@ -518,17 +518,21 @@ def _controls(
 def _matched_control(matched: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Say whether the means of attacks without what they look for broke the subject."""
     judged = [t for t in matched if has_threshold(t) and any(c["steps"] for c in t["checkpoints"])]
-    if not judged:
+    if not matched:
         return []
     broken = [t["label"] for t in judged if t["broke"]]
-    said = f"broken by {', '.join(broken)}: there, not what was looked for counts"
+    said = "none breaks the subject" if judged else "none gave a result"
+    if broken:
+        said = f"broken by {', '.join(broken)}: there, not what was looked for counts"
+    lost = [t["label"] for t in matched if t not in judged]
+    # A control that failed or could not be judged has not passed.
+    rest = f"; not judged: {', '.join(lost)}" if lost else ""
     return [
         _control(
             "matched_random",
-            "fail" if broken else "pass",
+            "fail" if broken else "pass" if judged and not lost else "not_run",
             f"{_attacks(len(judged))} by the same means without what the attack looks for (random "
-            "directions, neurons or targets, a neutral text, noise): "
-            f"{said if broken else 'none breaks the subject'}",
+            f"directions, neurons or targets, a neutral text, noise): {said}{rest}",
         )
     ]
 
