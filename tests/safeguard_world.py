@@ -15,6 +15,7 @@ from durometer.safeguards.base import (
     make_safeguard,
     safeguard_registry,
 )
+from durometer.safeguards.bench import Bench
 from durometer.safeguards.data import DefenceData
 from durometer.safeguards.passes import Reference
 from durometer.safeguards.train import Outcome, TrainingRun
@@ -52,6 +53,24 @@ TRAINED = [
 
 def short(name: str, **settings: Any) -> Safeguard[Any]:
     return make_safeguard(name, **{**COMMON, **SHORT.get(name, {}), **settings})
+
+
+# Settings of those that only edit.
+EDITED: dict[str, dict[str, Any]] = {}
+
+
+def short_edit(name: str, **settings: Any) -> Safeguard[Any]:
+    return make_safeguard(name, **{**EDITED.get(name, {}), **settings})
+
+
+def edit(made: Safeguard[Any], subject: Subject, kind: Kind = "knowledge") -> Bench:
+    """Let a safeguard edit the subject; its frozen reference is the undefended model."""
+    data = DefenceData(subject, tiny_world.tiny_domain(kind))
+    base = tiny_world.undefended()
+    reference = Reference(base.model, tree=base.tree) if made.reference else None
+    bench = Bench(subject, data, SEEDS, reference)
+    made.edit(bench)
+    return bench
 
 
 def prepare(

@@ -19,7 +19,6 @@ from durometer.safeguards.base import (
     make_safeguard,
     safeguard_registry,
 )
-from durometer.safeguards.data import DefenceData
 from durometer.subjects.fingerprint import weights_fingerprint
 
 TERMS = [
@@ -153,7 +152,7 @@ def test_nothing_is_nothing() -> None:
     subject = tiny_world.undefended()
     before = weights_fingerprint(subject.model)
     made = make_safeguard("noop")
-    made.edit(subject, DefenceData(subject, tiny_world.tiny_domain()))
+    world.edit(made, subject)
     assert weights_fingerprint(subject.model) == before
 
 
@@ -162,7 +161,7 @@ def test_an_edit_changes_weights_and_repeats(name: str) -> None:
     prints = []
     for _ in range(2):
         subject = tiny_world.undefended()
-        make_safeguard(name).edit(subject, DefenceData(subject, tiny_world.tiny_domain()))
+        world.edit(world.short_edit(name), subject)
         prints.append(weights_fingerprint(subject.model))
     assert prints[0] == prints[1] != weights_fingerprint(tiny_world.undefended().model)
 
@@ -170,7 +169,7 @@ def test_an_edit_changes_weights_and_repeats(name: str) -> None:
 def test_noise_has_the_norm_that_is_asked_for() -> None:
     start, subject = tiny_world.undefended(), tiny_world.undefended()
     made = make_safeguard("norm_noise", relative=0.1)
-    made.edit(subject, DefenceData(subject, tiny_world.tiny_domain()))
+    world.edit(made, subject)
     for name, before in start.model.named_parameters():
         change = (subject.model.get_parameter(name) - before).norm()
         wanted = 0.1 * before.norm() if before.dim() > 1 else torch.tensor(0.0)

@@ -5,6 +5,7 @@ the part of the defence split that is not held out.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -165,11 +166,15 @@ class AttackRunner:
     Args:
         data: whose attackers' view the attacks train on.
         ledger: counts their updates.
-        trainer: the outer one.
+        trainer: the outer one, where there is one.
     """
 
     def __init__(
-        self, subject: Subject, data: DefenceData, ledger: Ledger, trainer: Trainer
+        self,
+        subject: Subject,
+        data: DefenceData,
+        ledger: Ledger,
+        trainer: Trainer | None = None,
     ) -> None:
         self._subject, self._data = subject, data
         self._ledger, self._trainer = ledger, trainer
@@ -189,7 +194,8 @@ class AttackRunner:
         first = not ledger.attacks
         ledger.attacks += 1
         host = subject.forward.device.type != "cpu"
-        with self._trainer.parked(), subject.lent(host=host):
+        parked = self._trainer.parked() if self._trainer is not None else nullcontext()
+        with parked, subject.lent(host=host):
             budget, seeds = Budget(attack.steps), Seeds.derive(seed)
             own, subject.chat = subject.chat, self._chat
             subject.restoration.on_exit(lambda: setattr(subject, "chat", own))

@@ -22,13 +22,14 @@ from durometer.domains.base import KINDS, Domain, Kind
 from durometer.subjects.base import Subject
 
 if TYPE_CHECKING:
+    from durometer.safeguards.bench import Bench
     from durometer.safeguards.data import DefenceData, Unit
     from durometer.safeguards.passes import Pass
     from durometer.safeguards.train import Step
 
 Access = Literal["weights", "api"]
 Per = Literal["label", "token", "row", "batch"]
-Scope = Literal["all", "blocks", "mlp", "attention", "adapter"]
+Scope = Literal["all", "blocks", "mlp", "mlp_in", "mlp_out", "attention", "adapter"]
 Role = Literal["residual", "mlp", "attention"]
 ReferencePoint = Literal["original", "stage_start"]
 S = TypeVar("S", bound=Settings)
@@ -98,7 +99,14 @@ class TrainingSettings(Settings):
     batch_size: int = setting(16, "rows of each pool an update", search=Levels((8, 16, 32)), ge=1)
     train: Scope = setting(
         "all",
-        "trained weights: all, the matrices of the blocks or of one kind, or a merged adapter",
+        "trained weights: all, the matrices of the blocks or of one kind (mlp_in reads the "
+        "residual stream, mlp_out writes to it), or a merged adapter",
+    )
+    first_block: float = setting(
+        0.0, "share of the blocks, from below, before the first trained one", ge=0, lt=1
+    )
+    last_block: float = setting(
+        1.0, "share of the blocks, from below, up to the last trained one", gt=0, le=1
     )
     rank: int = setting(16, "rank of the adapter", ge=1)
     sft: float = setting(
@@ -170,7 +178,10 @@ class Safeguard(Generic[S]):
         """Return the gradient that is applied, fp32, one tensor a trained parameter."""
         return step.bank.total()
 
-    def edit(self, subject: Subject, data: "DefenceData") -> None:
+    def begin(self, bench: "Bench") -> None:
+        """Change the weights before training; a run that is gone on with does not come here."""
+
+    def edit(self, bench: "Bench") -> None:
         """Change the weights once training is over, or in its place."""
 
     def stop(self, step: "Step", losses: Mapping[str, float]) -> str:
@@ -179,6 +190,13 @@ class Safeguard(Generic[S]):
         if limit and sum(losses.values()) < limit:
             return f"loss below {limit:g}"
         return ""
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """Return what of its own a later run needs to go on; asked for where it may resume."""
+        return {}
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what ``state`` returned."""
 
     def can_resume(self, step: int) -> bool:
         """Say whether a checkpoint after ``step`` updates holds all that the rest depends on."""

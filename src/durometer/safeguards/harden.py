@@ -20,11 +20,12 @@ from durometer.core.sources import source_hash
 from durometer.domains.base import Domain
 from durometer.domains.load import load_domain
 from durometer.safeguards.base import TINY, Safeguard, TrainingSettings, make_safeguard
+from durometer.safeguards.bench import Bench
 from durometer.safeguards.card import measured, model_card
 from durometer.safeguards.checkpoint import CheckpointFile
 from durometer.safeguards.data import DefenceData
 from durometer.safeguards.passes import Reference
-from durometer.safeguards.train import Outcome, Report, TrainingRun
+from durometer.safeguards.train import Outcome, Report, TrainingRun, edited
 from durometer.subjects.base import Subject
 from durometer.subjects.builtin import subject_registry
 from durometer.subjects.load import DtypeName, load_subject, quiet_libraries
@@ -257,7 +258,7 @@ class _Hardening:
             self._take_over(done, identity)
         else:
             outcome = self._carry_out(number, stage, original, identity)
-            if outcome is not None and outcome.status == "diverged":
+            if outcome.status == "diverged":
                 return outcome
             self._ran.append(self._facts(stage, outcome))
             if not last:
@@ -272,36 +273,31 @@ class _Hardening:
         stage: Safeguard[Any],
         original: Reference | None,
         identity: Mapping[str, Any],
-    ) -> Outcome | None:
-        subject = self._subject
+    ) -> Outcome:
         title = f"{stage.name} ({number + 1} of {len(self._stages)})"
-        data = DefenceData(subject, self._domain)
-        outcome = None
         settings = stage.settings
-        if isinstance(settings, TrainingSettings):
-            reference = original
-            if stage.reference == "stage_start":
-                reference = Reference(subject.model, tree=subject.tree)
-            file = CheckpointFile(
-                self._work / f"training-{number}.safetensors",
-                identity,
-                every=min(max(settings.steps // CHECKPOINTS, 1), 50),
-                resume=self._resume,
-            )
-            self._observer.stage(title, settings.steps)
-            run = TrainingRun(
-                stage,
-                subject,
-                data,
-                self._seeds,
-                reference=reference if stage.reference else None,
-                checkpoint=file,
-            )
-            outcome = run.run(self._observer.trained)
-            self._log(number, stage, outcome)
-        if outcome is None or outcome.status != "diverged":
-            self._observer.stage(title, 0)
-            stage.edit(subject, data)
+        self._observer.stage(title, settings.steps if isinstance(settings, TrainingSettings) else 0)
+        data = DefenceData(self._subject, self._domain)
+        reference = original
+        if stage.reference == "stage_start":
+            reference = Reference(self._subject.model, tree=self._subject.tree)
+        if not stage.reference:
+            reference = None
+        if not isinstance(settings, TrainingSettings):
+            return edited(stage, Bench(self._subject, data, self._seeds, reference))
+        file = CheckpointFile(
+            self._work / f"training-{number}.safetensors",
+            identity,
+            every=min(max(settings.steps // CHECKPOINTS, 1), 50),
+            resume=self._resume,
+        )
+        run = TrainingRun(
+            stage, self._subject, data, self._seeds, reference=reference, checkpoint=file
+        )
+        outcome = run.run(self._observer.trained)
+        self._log(number, stage, outcome)
+        if outcome.status != "diverged":
+            run.edit()
         return outcome
 
     def _log(self, number: int, stage: Safeguard[Any], outcome: Outcome) -> None:
@@ -316,21 +312,17 @@ class _Hardening:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (self._work / f"log-{number}.jsonl").write_text(text, "utf-8")
 
-    def _facts(self, stage: Safeguard[Any], outcome: Outcome | None) -> dict[str, Any]:
-        facts: dict[str, Any] = {
+    def _facts(self, stage: Safeguard[Any], outcome: Outcome) -> dict[str, Any]:
+        return {
             "name": stage.name,
             "access": stage.access,
             "settings": stage.settings.canonical(),
-        }
-        if outcome is not None:
-            facts |= {
-                "status": outcome.status,
-                "reason": outcome.reason,
-                "cost": outcome.ledger.as_dict(),
-                "data_order_hashes": outcome.orders,
-                "last_losses": outcome.losses[-1] if outcome.losses else {},
-            }
-        return facts | stage.facts()
+            "status": outcome.status,
+            "reason": outcome.reason,
+            "cost": outcome.ledger.as_dict(),
+            "data_order_hashes": outcome.orders,
+            "last_losses": outcome.losses[-1] if outcome.losses else {},
+        } | stage.facts()
 
     def _identity(self, number: int) -> dict[str, Any]:
         """Return all that a checkpoint of this stage depends on."""

@@ -165,14 +165,14 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module, *, tree: bool) -> None:
-        self._model = copy.deepcopy(model).requires_grad_(False).eval()
-        self._forward = Forward(self._model, tree=tree)
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self._forward = Forward(self.model, tree=tree)
         self.forwards = 0
 
     @torch.no_grad()
     def look(self, rows: Sequence[Row], roles: Sequence[Role]) -> Pass:
         """Return one pass of all ``rows``."""
-        bank = ActivationBank(self._model, roles)
+        bank = ActivationBank(self.model, roles)
         self.forwards += 1
         with bank.recording():
             (labelled,) = self._forward.labelled(rows, whole=True)

@@ -10,7 +10,7 @@ import torch
 from durometer.core.errors import InputError
 from durometer.core.settings import Settings, setting
 from durometer.safeguards.base import Safeguard, TrainingSettings, safeguard
-from durometer.safeguards.data import DefenceData
+from durometer.safeguards.bench import Bench
 from durometer.subjects.base import Subject
 from durometer.subjects.record import RECORD
 
@@ -59,8 +59,9 @@ class NormNoise(Safeguard[NormNoiseSettings]):
     cannot_show = "durability: where it gains any, the measure rewards damage"
     settings_class = NormNoiseSettings
 
-    def edit(self, subject: Subject, data: DefenceData) -> None:
+    def edit(self, bench: Bench) -> None:
         """Add the noise."""
+        subject = bench.subject
         norms = self._norms(subject)
         generator = torch.Generator().manual_seed(self.settings.seed)
         with torch.no_grad():

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from durometer.core.adapters import Adapter, linear_maps
+from durometer.core.adapters import Adapter, Targets, linear_maps
 from durometer.core.errors import DurometerError, InputError
 from durometer.core.rows import Row
 from durometer.core.seeds import Seeds
+from durometer.core.structure import blocks, width
 from durometer.core.training import DivergedError, OptimisationPlan, Trainer, Update
 from durometer.safeguards.attacks import AttackRunner
 from durometer.safeguards.banks import GradientBank
 from durometer.safeguards.base import Per, Safeguard, Term, TrainingSettings
+from durometer.safeguards.bench import Bench
 from durometer.safeguards.checkpoint import CheckpointFile
 from durometer.safeguards.data import DefenceData, Streams, Unit
 from durometer.safeguards.ledger import Ledger
@@ -28,7 +30,7 @@ from durometer.subjects.base import Subject
 # Updates after which the gradient of every term is looked at by itself: not at once, since an
 # anchor's gradient vanishes at its reference.
 FIRST_LOOK, LOOK_EVERY = 4, 50
-SUM = "sum"
+SUM, OWN = "sum", "safeguard."
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Step:
         number: from 0.
         steps: planned in all.
         subject: the model in training.
+        data: what may be learnt from.
         bank: gradients collected so far.
         attacks: runs inner attacks.
         losses: each term's loss so far, coefficients and weights of visits included.
@@ -88,6 +91,7 @@ class Step:
     number: int
     steps: int
     subject: Subject
+    data: DefenceData
     bank: GradientBank
     attacks: AttackRunner
     names: list[str]
@@ -103,6 +107,10 @@ class Step:
         if pool not in self._rows:
             self._rows[pool] = self._streams.next(pool)
         return self._rows[pool]
+
+    def put(self, pool: str, units: list[Unit]) -> None:
+        """Let the terms that read ``pool`` see ``units`` in this step: rows made on the way."""
+        self._rows[pool] = units
 
     def rows(self, pool: str) -> list[Row]:
         """Return the rows of this step's batch of ``pool``."""
@@ -175,13 +183,16 @@ class TrainingRun:
         A diverging run ends at its last finite weights, and says so.
         """
         settings, begun = self._settings, time.perf_counter()
+        found = self._checkpoint.load() if self._checkpoint is not None else None
+        if found is None:
+            self.safeguard.begin(self._bench())
         adapter, parameters, names = trained_parameters(self.subject, settings, self.seeds)
         self.trainer = Trainer(self.subject.forward, parameters, plan_of(settings))
         self.bank = GradientBank(parameters)
         self._names = names
         self.streams = Streams(self.data, self.seeds, settings.batch_size, settings.harmless_share)
         self.attacks = AttackRunner(self.subject, self.data, self.outcome.ledger, self.trainer)
-        first = self._resume()
+        first = self._resume(*found) if found is not None else 0
         spent = self.outcome.ledger.seconds
         try:
             with self.safeguard.hooks(self.subject, self.data):
@@ -198,6 +209,14 @@ class TrainingRun:
             self.outcome.reason = f"after {self.outcome.steps} updates: {error}"
         self._finish(adapter)
         return self.outcome
+
+    def _bench(self) -> Bench:
+        ledger = self.outcome.ledger
+        return Bench(self.subject, self.data, self.seeds, self._reference, ledger)
+
+    def edit(self) -> None:
+        """Carry out the safeguard's edit after training, counted in the same ledger."""
+        edited(self.safeguard, self._bench())
 
     def _finish(self, adapter: Adapter | None) -> None:
         self.trainer.release()
@@ -216,6 +235,7 @@ class TrainingRun:
             number,
             self._settings.steps,
             self.subject,
+            self.data,
             self.bank,
             self.attacks,
             self._names,
@@ -316,14 +336,14 @@ class TrainingRun:
                 if name != "all_passes"
             },
         }
-        file.save(tensors, state)
+        own = {f"{OWN}{name}": tensor for name, tensor in self.safeguard.state().items()}
+        file.save(tensors | own, state)
 
-    def _resume(self) -> int:
-        found = self._checkpoint.load() if self._checkpoint is not None else None
-        if found is None:
-            return 0
-        tensors, state = found
-        self.trainer.load_state(tensors, state["trainer"])
+    def _resume(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> int:
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(OWN)}
+        self.safeguard.load_state({name.removeprefix(OWN): t for name, t in own.items()})
+        rest = {name: tensor for name, tensor in tensors.items() if name not in own}
+        self.trainer.load_state(rest, state["trainer"])
         self.streams.skip(state["drawn"])
         outcome = self.outcome
         outcome.learning_rates, outcome.losses = state["learning_rates"], state["losses"]
@@ -332,6 +352,17 @@ class TrainingRun:
             setattr(outcome.ledger, name, value)
         outcome.steps = outcome.ledger.steps
         return outcome.steps
+
+
+def edited(safeguard: Safeguard[Any], bench: Bench) -> Outcome:
+    """Carry out the edit of a safeguard, and say what it cost."""
+    begun, ledger = time.perf_counter(), bench.ledger
+    safeguard.edit(bench)
+    ledger.seconds += time.perf_counter() - begun
+    if bench.reference is not None:
+        ledger.reference_forwards = bench.reference.forwards
+    ledger.close(bench.subject.forward.device)
+    return Outcome(ledger=ledger)
 
 
 def reduced(term: Term, one: Pass, rows: Sequence[Row]) -> torch.Tensor:
@@ -375,19 +406,41 @@ def trained_parameters(
         InputError: the subject has no such weights.
     """
     model = subject.model
+    if settings.train == "all" and (settings.first_block, settings.last_block) == (0.0, 1.0):
+        names = [name for name, _ in model.named_parameters()]
+    else:
+        names = [f"{name}.weight" for name in trained_maps(model, settings)]
+    if not names:
+        raise InputError(
+            f"subject '{subject.name}' has no weights for train={settings.train} in the blocks "
+            f"from {settings.first_block:g} to {settings.last_block:g} of all"
+        )
     if settings.train == "adapter":
-        maps = linear_maps(model, "all")
+        maps = [name.removesuffix(".weight") for name in names]
         alpha = 2.0 * settings.rank
         adapter = Adapter(model, maps, rank=settings.rank, alpha=alpha, seed=seeds.initialisation)
         parameters = adapter.trainable()
         return adapter, parameters, [f"adapter.{i}" for i in range(len(parameters))]
-    names = [name for name, _ in model.named_parameters()]
-    if settings.train != "all":
-        kind = "all" if settings.train == "blocks" else settings.train
-        names = [f"{name}.weight" for name in linear_maps(model, kind)]
-    if not names:
-        raise InputError(f"subject '{subject.name}' has no weights for train = {settings.train}")
     chosen = dict(model.named_parameters())
     for name in names:
         chosen[name].requires_grad_(True)
     return None, [chosen[name] for name in names], names
+
+
+def trained_maps(model: nn.Module, settings: TrainingSettings) -> list[str]:
+    """Return the names of the linear maps that the settings choose, in order."""
+    kinds: dict[str, Targets] = {"attention": "attention", "mlp": "mlp"}
+    kinds |= dict.fromkeys(("mlp_in", "mlp_out"), "mlp")
+    names = linear_maps(model, kinds.get(settings.train, "all"))
+    names = [name for name in names if name.startswith(_prefixes(model, settings))]
+    if settings.train in ("mlp_in", "mlp_out"):
+        side = "in_features" if settings.train == "mlp_in" else "out_features"
+        names = [n for n in names if getattr(model.get_submodule(n), side) == width(model)]
+    return names
+
+
+def _prefixes(model: nn.Module, settings: TrainingSettings) -> tuple[str, ...]:
+    found = [name for name, _ in blocks(model)]
+    first = int(settings.first_block * len(found))
+    last = max(round(settings.last_block * len(found)), first + 1)
+    return tuple(f"{name}." for name in found[first:last])
