@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import field_validator
@@ -37,37 +37,12 @@ from durometer.subjects.base import Subject
 
 ATTACKED = "attacked"
 DPO_BETA = 0.1
+A = TypeVar("A", bound="InnerSettings")
 
 
-class TarSettings(TrainingSettings):
-    """Settings of ``tar``; defaults are those of the released scripts."""
+class InnerSettings(TrainingSettings):
+    """Settings of training against inner attacks."""
 
-    stage1: Literal["auto", "random_mapping", "refusal", "none"] = setting(
-        "auto", "safeguard it starts from; auto: random mapping for knowledge, refusal training"
-    )
-    stage1_preset: str = setting("", "preset of the first stage")
-    steps: int = setting(750, "outer updates", ge=1)
-    learning_rate: float = setting(2e-5, "outer learning rate", gt=0)
-    optimizer: OptimizerName = setting("schedule_free_adamw", "outer optimiser")
-    warmup_steps: int = setting(32, "outer updates of linear warm-up", ge=0)
-    batch_size: int = setting(64, "rows of an outer batch", ge=1)
-    tamper_resistance: float = setting(
-        4.0,
-        "coefficient of the tamper-resistance loss",
-        search=Levels((0.25, 1.0, 4.0, 16.0)),
-        ge=0,
-    )
-    loss: Literal["auto", "entropy", "cross_entropy", "dpo"] = setting(
-        "auto",
-        "tamper-resistance loss on held-out restricted rows under attack: minus the entropy, minus "
-        "the cross-entropy, or preferring refusals (DPO); auto: entropy for knowledge, else DPO",
-    )
-    entropy_floor: float = setting(
-        0.0,
-        "tamper-resistance gradients are dropped once the loss of a visit, without weights, is "
-        "below this, nats; 0 never (the released scripts)",
-        le=0,
-    )
     inner_steps: int = setting(64, "updates of an inner attack (K)", ge=1)
     stride: int = setting(4, "inner updates between two tamper-resistance gradients", ge=1)
     tampers: int = setting(1, "inner attacks an outer update", ge=1)
@@ -80,17 +55,6 @@ class TarSettings(TrainingSettings):
         "exponential",
         "weights of the visits: exp(4 (k - K) / K) as the released scripts have it, 1 / K each as "
         "the paper, or exponential ones that sum to 1",
-    )
-    representation: float = setting(
-        1.0, "coefficient of the distance of retain activations from the reference's", ge=0
-    )
-    distance: Literal["norm", "square"] = setting(
-        "norm", "distance of activations: the plain norm (released code) or its square (paper)"
-    )
-    retain_reference: Literal["original", "stage_start"] = setting(
-        "original",
-        "reference: the subject before any safeguard, or at the start of this stage (always so "
-        "with DPO, which compares with it, too)",
     )
     adversaries: tuple[Adversary, ...] = setting(
         ("restricted", "switch"),
@@ -122,6 +86,48 @@ class TarSettings(TrainingSettings):
         return tuple(value.split("+")) if isinstance(value, str) else value
 
 
+class TarSettings(InnerSettings):
+    """Settings of ``tar``; defaults are those of the released scripts."""
+
+    stage1: Literal["auto", "random_mapping", "refusal", "none"] = setting(
+        "auto", "safeguard it starts from; auto: random mapping for knowledge, refusal training"
+    )
+    stage1_preset: str = setting("", "preset of the first stage")
+    steps: int = setting(750, "outer updates", ge=1)
+    learning_rate: float = setting(2e-5, "outer learning rate", gt=0)
+    optimizer: OptimizerName = setting("schedule_free_adamw", "outer optimiser")
+    warmup_steps: int = setting(32, "outer updates of linear warm-up", ge=0)
+    batch_size: int = setting(64, "rows of an outer batch", ge=1)
+    tamper_resistance: float = setting(
+        4.0,
+        "coefficient of the tamper-resistance loss",
+        search=Levels((0.25, 1.0, 4.0, 16.0)),
+        ge=0,
+    )
+    loss: Literal["auto", "entropy", "cross_entropy", "dpo"] = setting(
+        "auto",
+        "tamper-resistance loss on held-out restricted rows under attack: minus the entropy, minus "
+        "the cross-entropy, or preferring refusals (DPO); auto: entropy for knowledge, else DPO",
+    )
+    entropy_floor: float = setting(
+        0.0,
+        "tamper-resistance gradients are dropped once the loss of a visit, without weights, is "
+        "below this, nats; 0 never (the released scripts)",
+        le=0,
+    )
+    representation: float = setting(
+        1.0, "coefficient of the distance of retain activations from the reference's", ge=0
+    )
+    distance: Literal["norm", "square"] = setting(
+        "norm", "distance of activations: the plain norm (released code) or its square (paper)"
+    )
+    retain_reference: Literal["original", "stage_start"] = setting(
+        "original",
+        "reference: the subject before any safeguard, or at the start of this stage (always so "
+        "with DPO, which compares with it, too)",
+    )
+
+
 # The blocks alone: flattening predictions would move every row of an embedding tied to the head,
 # those of entities that no retain row is about among them.
 SMALL: dict[str, Any] = {
@@ -143,103 +149,33 @@ SMALL: dict[str, Any] = {
 }
 
 
-@safeguard("tar", aliases=("TAR",))
-class Tar(Safeguard[TarSettings]):
-    """First a plain safeguard, then training against inner attacks (first-order, straight-through).
+class AgainstAttacks(Safeguard[A]):
+    """Base of safeguards with terms that are evaluated at ``ATTACKED`` weights."""
 
-    The gradient of the tamper-resistance loss is taken at the attacked weights and applied to the
-    clean ones.
-    """
-
-    summary = "train against simulated fine-tuning attacks so that restricted content stays away"
-    cost = "K + K / stride + 1 passes an outer step: 81 at K = 64"
-    source = "arXiv 2408.00761; rishub-tamirisa/tamper-resistance"
-    cannot_show = "resistance to attacks that are longer than, or unlike, those it is trained with"
-    settings_class = TarSettings
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "faithful": {},
-        "light": {
-            "steps": 100,
-            "inner_steps": 16,
-            "inner_weights": "adapter",
-            "inner_rates": (3e-4, 1e-3),
-            "adversaries": ("restricted", "switch", "mix"),
-            "inner_batch": 8,
-            "batch_size": 8,
-            "refresh": 4,
-            "weighting": "normalised",
-        },
-        "tiny": SMALL,
-        "ci": {**SMALL, "steps": 50, "inner_steps": 16},
-    }
-
-    def __init__(self, settings: TarSettings) -> None:
+    def __init__(self, settings: A) -> None:
         super().__init__(settings)
         self._replay: list[Delta] = []
-        self._dropped = 0
 
-    @property
-    def reference(self) -> ReferencePoint | None:
-        """The model that retain activations are kept near to; for DPO, the start of this stage."""
-        if self.settings.loss == "dpo":
-            return "stage_start"
-        return self.settings.retain_reference if self.settings.representation else None
-
-    def stages(self, domain: Domain) -> list[Safeguard[Any]]:
-        """Return the plain safeguard that it starts from, and the training against attacks."""
-        settings, knowledge = self.settings, domain.kind == "knowledge"
-        this: Safeguard[Any] = self
-        if settings.loss == "auto":
-            loss = "entropy" if knowledge else "dpo"
-            this = type(self)(settings.model_copy(update={"loss": loss}))
-        first = settings.stage1
-        if first == "auto":
-            first = "random_mapping" if knowledge else "refusal"
-        return [this] if first == "none" else [make_safeguard(first, settings.stage1_preset), this]
-
-    def terms(self, subject: Subject, data: DefenceData) -> list[Term]:
-        """Return the retain loss and, at attacked weights, the tamper-resistance loss.
+    def require_fine(self, subject: Subject) -> None:
+        """Check that attacks can be replayed on the subject's weights, where that is wanted.
 
         Raises:
-            InputError: attacks are to be replayed on weights that are too coarse for it.
+            InputError: the weights are too coarse for it.
         """
-        settings = self.settings
-        if settings.refresh > 1 and subject.dtype != "float32":
+        if self.settings.refresh > 1 and subject.dtype != "float32":
             raise InputError(
-                f"safeguard 'tar': replayed attacks need more than {subject.dtype} resolves; use "
-                "--dtype float32, or refresh=1"
+                f"safeguard '{self.name}': replayed attacks need more than {subject.dtype} "
+                "resolves; use --dtype float32, or refresh=1"
             )
-        return [
-            supervised(settings),
-            Term(
-                "representation",
-                settings.representation,
-                "sft",
-                self._distance,
-                per="token",
-                reads=("residual",),
-                may_rest=True,
-            ),
-            resistance(settings),
-        ]
 
-    def _distance(self, one: Pass) -> torch.Tensor:
-        pairs = zip(one.states(), one.reference.states(), strict=True)
-        if self.settings.distance == "square":
-            return torch.stack([((h - r) ** 2).sum(-1) for h, r in pairs]).mean(0)
-        # The library's norm has a gradient of 0 at 0; a square root by hand has none there.
-        return torch.stack([torch.linalg.vector_norm(h - r, dim=-1) for h, r in pairs]).mean(0)
-
-    def visits(self, step: Step) -> Iterator[Visit]:
-        """Yield points along inner attacks, then the weights themselves."""
-        if self.settings.tamper_resistance:
-            if step.number % self.settings.refresh == 0:
-                self._replay.clear()
-                for number in range(self.settings.tampers):
-                    yield from self._attack(step, number)
-            else:
-                yield from self._replayed(step)
-        yield Visit()
+    def attacked(self, step: Step) -> Iterator[Visit]:
+        """Yield points along new inner attacks, or a kept one in between."""
+        if step.number % self.settings.refresh == 0:
+            self._replay.clear()
+            for number in range(self.settings.tampers):
+                yield from self._attack(step, number)
+        else:
+            yield from self._replayed(step)
 
     def _attack(self, step: Step, number: int) -> Iterator[Visit]:
         settings = self.settings
@@ -268,6 +204,91 @@ class Tar(Safeguard[TarSettings]):
     def facts(self) -> dict[str, Any]:
         """Return the configurations that it was trained against."""
         return {"trained_against": [attack.digest for attack in possible(self.settings)]}
+
+
+@safeguard("tar", aliases=("TAR",))
+class Tar(AgainstAttacks[TarSettings]):
+    """First a plain safeguard, then training against inner attacks (first-order, straight-through).
+
+    The gradient of the tamper-resistance loss is taken at the attacked weights and applied to the
+    clean ones.
+    """
+
+    summary = "train against simulated fine-tuning attacks so that restricted content stays away"
+    cost = "K + K / stride + 1 passes an outer step: 81 at K = 64"
+    source = "arXiv 2408.00761; rishub-tamirisa/tamper-resistance"
+    cannot_show = "resistance to attacks that are longer than, or unlike, those it is trained with"
+    settings_class = TarSettings
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "faithful": {},
+        "light": {
+            "steps": 100,
+            "inner_steps": 16,
+            "inner_weights": "adapter",
+            "inner_rates": (3e-4, 1e-3),
+            "adversaries": ("restricted", "switch", "mix"),
+            "inner_batch": 8,
+            "batch_size": 8,
+            "refresh": 4,
+            "weighting": "normalised",
+        },
+        "tiny": SMALL,
+        "ci": {**SMALL, "steps": 50, "inner_steps": 16},
+    }
+
+    @property
+    def reference(self) -> ReferencePoint | None:
+        """The model that retain activations are kept near to; for DPO, the start of this stage."""
+        if self.settings.loss == "dpo":
+            return "stage_start"
+        return self.settings.retain_reference if self.settings.representation else None
+
+    def stages(self, domain: Domain) -> list[Safeguard[Any]]:
+        """Return the plain safeguard that it starts from, and the training against attacks."""
+        settings, knowledge = self.settings, domain.kind == "knowledge"
+        this: Safeguard[Any] = self
+        if settings.loss == "auto":
+            loss = "entropy" if knowledge else "dpo"
+            this = type(self)(settings.model_copy(update={"loss": loss}))
+        first = settings.stage1
+        if first == "auto":
+            first = "random_mapping" if knowledge else "refusal"
+        return [this] if first == "none" else [make_safeguard(first, settings.stage1_preset), this]
+
+    def terms(self, subject: Subject, data: DefenceData) -> list[Term]:
+        """Return the retain loss and, at attacked weights, the tamper-resistance loss.
+
+        Raises:
+            InputError: attacks are to be replayed on weights that are too coarse for it.
+        """
+        settings = self.settings
+        self.require_fine(subject)
+        return [
+            supervised(settings),
+            Term(
+                "representation",
+                settings.representation,
+                "sft",
+                self._distance,
+                per="token",
+                reads=("residual",),
+                may_rest=True,
+            ),
+            resistance(settings),
+        ]
+
+    def _distance(self, one: Pass) -> torch.Tensor:
+        pairs = zip(one.states(), one.reference.states(), strict=True)
+        if self.settings.distance == "square":
+            return torch.stack([((h - r) ** 2).sum(-1) for h, r in pairs]).mean(0)
+        # The library's norm has a gradient of 0 at 0; a square root by hand has none there.
+        return torch.stack([torch.linalg.vector_norm(h - r, dim=-1) for h, r in pairs]).mean(0)
+
+    def visits(self, step: Step) -> Iterator[Visit]:
+        """Yield points along inner attacks, then the weights themselves."""
+        if self.settings.tamper_resistance:
+            yield from self.attacked(step)
+        yield Visit()
 
 
 def resistance(settings: TarSettings) -> Term:
@@ -300,7 +321,7 @@ def preference(one: Pass) -> torch.Tensor:
     return -functional.logsigmoid(DPO_BETA * (gain[0::2] - gain[1::2])).mean()
 
 
-def visit_weights(settings: TarSettings) -> dict[int, float]:
+def visit_weights(settings: InnerSettings) -> dict[int, float]:
     """Return the weight of the visit after each inner update that has one, counted from 1."""
     total = settings.inner_steps
     if settings.visits == "last":
@@ -314,7 +335,7 @@ def visit_weights(settings: TarSettings) -> dict[int, float]:
     return weights
 
 
-def drawn(settings: TarSettings, generator: torch.Generator) -> InnerAttack:
+def drawn(settings: InnerSettings, generator: torch.Generator) -> InnerAttack:
     """Draw one inner attack; the switch comes after Beta(6, 3) of its updates."""
 
     def one(values: tuple[Any, ...]) -> Any:
@@ -334,7 +355,7 @@ def drawn(settings: TarSettings, generator: torch.Generator) -> InnerAttack:
     )
 
 
-def possible(settings: TarSettings) -> list[InnerAttack]:
+def possible(settings: InnerSettings) -> list[InnerAttack]:
     """Return every inner attack that may be drawn, the switch at its mean."""
     return [
         InnerAttack(
