@@ -419,8 +419,7 @@ def trained_parameters(
         maps = [name.removesuffix(".weight") for name in names]
         alpha = 2.0 * settings.rank
         adapter = Adapter(model, maps, rank=settings.rank, alpha=alpha, seed=seeds.initialisation)
-        parameters = adapter.trainable()
-        return adapter, parameters, [f"adapter.{i}" for i in range(len(parameters))]
+        return adapter, adapter.trainable(), list(adapter.matrices())
     chosen = dict(model.named_parameters())
     for name in names:
         chosen[name].requires_grad_(True)
