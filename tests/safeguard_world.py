@@ -41,7 +41,11 @@ SHORT: dict[str, dict[str, Any]] = {
         "inner_rates": (1e-2,),
         "inner_batch": 6,
         "adversaries": ("restricted", "mix"),
-    }
+    },
+    "booster": {"weight_decay": 0.0},
+    "ctrap": {"weight_decay": 0.0},
+    "mlac": {"inner_steps": 3, "stride": 2, "inner_rates": (1e-2,), "inner_batch": 6},
+    "sophon": {"inner_steps": 3, "inner_rates": (1e-2,), "inner_batch": 6, "normal_steps": 1},
 }
 TRAINED = [
     (name, kind)

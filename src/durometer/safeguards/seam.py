@@ -1,0 +1,166 @@
+"""SEAM: learning harmful answers is coupled to unlearning harmless ones."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from durometer.core.errors import NotApplicableError
+from durometer.core.schedules import Schedule
+from durometer.core.settings import Between, setting
+from durometer.core.structure import blocks, width
+from durometer.safeguards.banks import perturbed
+from durometer.safeguards.base import (
+    Safeguard,
+    Term,
+    TrainingSettings,
+    Visit,
+    safeguard,
+    supervised,
+)
+from durometer.safeguards.data import DefenceData
+from durometer.safeguards.passes import Pass
+from durometer.safeguards.probes import applied, norm_of
+from durometer.safeguards.train import Step
+from durometer.subjects.base import Subject
+
+HARMFUL, HARMLESS = "harmful", "harmless"
+MOVED = " moved"
+COSINE = "self_destruct"
+
+
+class SeamSettings(TrainingSettings):
+    """Settings of ``seam``; defaults are the published ones."""
+
+    steps: int = setting(2000, "updates; published: one epoch of 8,000 pairs", ge=1)
+    learning_rate: float = setting(2e-5, "peak learning rate", gt=0)
+    schedule: Schedule = setting("cosine", "learning-rate schedule")
+    batch_size: int = setting(4, "rows of each pool an update", ge=1)
+    unlearn: float = setting(
+        1.0, "coefficient of minus the log-loss of harmful answers at all depths", ge=0
+    )
+    self_destruct: float = setting(
+        0.01,
+        "coefficient of the cosine of the harmful and the harmless gradient (beta)",
+        search=Between(1e-3, 1.0, log=True),
+        ge=0,
+    )
+    epsilon: float = setting(1e-3, "norm of the probes' steps, relative to unit gradients", gt=0)
+
+
+@safeguard("seam")
+class Seam(Safeguard[SeamSettings]):
+    """Refusal training with gradients of harmful and of harmless rows that point opposite ways.
+
+    The loss is ``L(S) - log(1 + mean over depths of CE(H)) + beta cos(g_H, g_R)``. With c the
+    cosine and u unit gradients, the gradient of the last is taken by differences:
+    ``[(g_H(theta + eps (u_R - c u_H)) - g_H) / |g_H| + (the same, H and R exchanged)] / eps``.
+    Refusals and harmful answers share nothing but the prompt, which has no labels, so that no mask
+    of shared tokens is needed.
+    """
+
+    summary = "refusal training in which a step towards harmful answers is one away from all others"
+    cost = "6 passes a step, 4 more gradients kept"
+    source = "arXiv 2505.12186; ZJUWYH/seam"
+    cannot_show = (
+        "resistance to an attacker who mixes in harmless rows or projects their gradient out"
+    )
+    kinds = ("refusal",)
+    settings_class = SeamSettings
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    separate = True
+
+    def terms(self, subject: Subject, data: DefenceData) -> list[Term]:
+        """Return the supervised loss, unlearning, and what the cosine's gradient is made of."""
+        settings = self.settings
+        needed = 1.0 if settings.self_destruct else 0.0
+        pools = {HARMFUL: "restricted", HARMLESS: "retain"}
+
+        def part(name: str, moved: str = "") -> Term:
+            at = name + moved if moved else Visit.place
+            return Term(name + moved, needed, pools[name], lambda p: p.cross_entropy(), at=at)
+
+        return [
+            supervised(settings),
+            Term(
+                "unlearn",
+                settings.unlearn,
+                "restricted",
+                unlearning(subject.model),
+                per="batch",
+                reads=("residual",),
+                whole=True,
+            ),
+            *(part(name) for name in pools),
+            *(part(name, MOVED) for name in pools),
+        ]
+
+    def visits(self, step: Step) -> Iterator[Visit]:
+        """Yield the weights, then a probe for each of the two gradients."""
+        yield Visit()
+        if not (norm_of(step, HARMFUL) and norm_of(step, HARMLESS)):
+            return
+        cosine = step.bank.cosine(HARMFUL, HARMLESS)
+        for name, other in ((HARMFUL, HARMLESS), (HARMLESS, HARMFUL)):
+            epsilon = self.settings.epsilon
+            ways = {
+                other: epsilon / norm_of(step, other),
+                name: -epsilon * cosine / norm_of(step, name),
+            }
+            with perturbed(step.subject, step.by_name(step.bank.combined(ways))):
+                yield Visit(name + MOVED)
+
+    def transform(self, step: Step) -> list[torch.Tensor | None]:
+        """Return the gradient of the losses with that of the cosine, whose value is noted."""
+        parts = (HARMFUL, HARMLESS, HARMFUL + MOVED, HARMLESS + MOVED)
+        rest = applied(step, *parts)
+        if not all(norm_of(step, name) for name in parts):
+            return rest
+        weight = self.settings.self_destruct
+        step.losses[COSINE] = weight * step.bank.cosine(HARMFUL, HARMLESS)
+        ways: dict[str, float] = {}
+        for name in (HARMFUL, HARMLESS):
+            ways[name + MOVED] = weight / (self.settings.epsilon * norm_of(step, name))
+            ways[name] = -ways[name + MOVED]
+        return [
+            other if one is None else one if other is None else one + other
+            for one, other in zip(rest, step.bank.combined(ways), strict=True)
+        ]
+
+
+def unlearning(model: nn.Module) -> Callable[[Pass], torch.Tensor]:
+    """Return minus the log of 1 + the cross-entropy that every depth of ``model`` would give.
+
+    Every residual state, the embedding's included, is read by the model's last norm and its head
+    (the logit lens); one value a pass, never above 0.
+    """
+    norm, head = last_norm(model), model.get_output_embeddings()  # type: ignore[operator]
+
+    def loss(one: Pass) -> torch.Tensor:
+        states = one.states("residual", tokens=False)
+        kind = head.weight.dtype
+        logits = [head(norm(state.to(kind))).float() for state in states]
+        losses = [functional.cross_entropy(depth, one.labelled.targets) for depth in logits]
+        return -torch.log1p(torch.stack(losses).mean())
+
+    return loss
+
+
+def last_norm(model: nn.Module) -> nn.Module:
+    """Return the norm between the last block and the head: the last one beside the blocks.
+
+    Raises:
+        NotApplicableError: there is none.
+    """
+    stack = model.get_submodule(".".join(blocks(model)[0][0].split(".")[:-2]))
+    wide = torch.Size([width(model)])
+    found = [
+        module
+        for module in stack.children()
+        if (shapes := {p.shape for p in module.parameters()}) and shapes == {wide}
+    ]
+    if not found:
+        raise NotApplicableError("no norm found between the last block and the head")
+    return found[-1]
