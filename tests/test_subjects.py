@@ -302,7 +302,8 @@ def test_a_built_in_subject_is_built_once_and_knows_its_controls(
 
 
 def test_what_is_built_in() -> None:
-    assert {"smollm2", "micro", "smollm2-refusal", "micro-refusal"} <= set(subject_registry.names())
+    known = {"smollm2", "micro", "smollm2-refusal", "micro-refusal", "micro-never"}
+    assert known <= set(subject_registry.names())
     for name, entry in subject_registry:
         assert entry.description, name
         assert entry.domain == "" or entry.undefended in subject_registry.names()

@@ -30,7 +30,7 @@ class _Call:
 
 
 @dataclass
-class _Pair:
+class Pair:
     """A map whose rows ``rows`` reach the inputs of ``second`` linearly; both may have biases."""
 
     first: nn.Linear
@@ -68,9 +68,8 @@ class Rebalancer:
     @torch.no_grad()
     def up_down(self) -> int:
         """Give row j of the up and column j of the down map equal norms; return blocks done."""
-        done, calls = 0, self._recorded(list(self._model.modules()))
-        for name, block in self._blocks:
-            pairs = list(self._linear_pairs(name, block, calls, attention=False))
+        done = 0
+        for pairs in self.pairs(attention=False):
             for pair in pairs:
                 self._balance(pair)
             done += bool(pairs)
@@ -79,9 +78,8 @@ class Rebalancer:
     @torch.no_grad()
     def value_output(self) -> int:
         """Give the value and output maps of each group of heads one spectrum; return blocks."""
-        done, calls = 0, self._recorded(list(self._model.modules()))
-        for name, block in self._blocks:
-            pairs = list(self._linear_pairs(name, block, calls, attention=True))
+        done = 0
+        for pairs in self.pairs(attention=True):
             for pair in pairs:
                 self._balance_heads(pair)
             done += bool(pairs)
@@ -94,9 +92,33 @@ class Rebalancer:
             self._fold(norm, maps, block, call) for norm, maps, block, call in self._fed_maps()
         )
 
+    @torch.no_grad()
+    def pairs(self, *, attention: bool) -> Iterator[list[Pair]]:
+        """Yield the pairs of each block: value and output maps, or up and down maps."""
+        calls = self._recorded(list(self._model.modules()))
+        for name, block in self._blocks:
+            yield list(self._linear_pairs(name, block, calls, attention=attention))
+
+    def head_groups(self, pair: Pair) -> list[tuple[torch.Tensor, slice]]:
+        """Return the rows of the value map and columns of the output map of each group of heads.
+
+        The query heads of a group share one value head, whose rows feed several runs of columns.
+        """
+        size = pair.second.in_features // self._heads()
+        groups = len(pair.rows) // size
+        run = pair.second.in_features // groups
+        return [
+            (pair.rows[g * size : (g + 1) * size], slice(g * run, (g + 1) * run))
+            for g in range(groups)
+        ]
+
+    def announce(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Have the restoration keep weights that are about to be changed."""
+        self._restoration.writable([self._names[id(p)] for p in parameters])
+
     def _linear_pairs(
         self, name: str, block: nn.Module, calls: dict[int, _Call], *, attention: bool
-    ) -> Iterator[_Pair]:
+    ) -> Iterator[Pair]:
         """Yield the pairs of a block that pass a map's output on linearly, as tried."""
         order = {identity: place for place, identity in enumerate(calls)}
         for inner, parent in block.named_modules():
@@ -112,7 +134,7 @@ class Rebalancer:
                     continue
                 rows = self._linear_rows(parent, calls[id(parent)], first, second, attention)
                 if rows is not None:
-                    yield _Pair(first, rows, second)
+                    yield Pair(first, rows, second)
                     break
 
     def _linear_rows(
@@ -123,7 +145,7 @@ class Rebalancer:
         layouts = self._head_layouts(first, second) if attention else _halves(first, second)
         for rows in layouts:
             tensors = [first.weight] if first.bias is None else [first.weight, first.bias]
-            self._announce(tensors)
+            self.announce(tensors)
             for tensor in tensors:
                 tensor[rows] *= 2
             doubled = _input_of(second, parent, call)
@@ -158,10 +180,10 @@ class Rebalancer:
             if heads == groups:
                 yield rows.view(heads, 3, size)[:, 2].flatten()
 
-    def _balance(self, pair: _Pair) -> None:
+    def _balance(self, pair: Pair) -> None:
         """Multiply row j of the first map by ``c_j`` and divide column j of the second by it."""
         first, rows, second = pair.first, pair.rows, pair.second
-        self._announce([first.weight, second.weight, *_bias(first)])
+        self.announce([first.weight, second.weight, *_bias(first)])
         ups = first.weight[rows].double().norm(dim=1)
         downs = second.weight.double().norm(dim=0)
         factors = (downs / ups).sqrt()
@@ -172,25 +194,19 @@ class Rebalancer:
             bias[rows] = _times(bias[rows], factors)
         second.weight.copy_(_times(second.weight, 1 / factors))
 
-    def _balance_heads(self, pair: _Pair) -> None:
+    def _balance_heads(self, pair: Pair) -> None:
         """Split the spectrum of ``W_o W_v`` evenly; queries of a group share one ``W_v``."""
-        heads = self._heads()
-        size = pair.second.in_features // heads
-        groups = len(pair.rows) // size
-        sharing = heads // groups
-        self._announce([pair.first.weight, pair.second.weight, *_bias(pair.first)])
-        for group in range(groups):
-            rows = pair.rows[group * size : (group + 1) * size]
-            start = group * sharing * size
-            columns = slice(start, start + sharing * size)
+        self.announce([pair.first.weight, pair.second.weight, *_bias(pair.first)])
+        for rows, columns in self.head_groups(pair):
             # [residual, sharing * size] -> [residual * sharing, size], one block a query head.
-            stacked = pair.second.weight[:, columns].double().unflatten(1, (sharing, size))
+            stacked = pair.second.weight[:, columns].double().unflatten(1, (-1, len(rows)))
             outputs = stacked.transpose(0, 1).flatten(0, 1)
             biases = [bias[rows].double() for bias in _bias(pair.first)]
             moved = _even_spectrum(outputs, pair.first.weight[rows].double(), biases)
             if moved is None:
                 continue
             outputs, values, biases = moved
+            sharing = stacked.shape[1]
             back = outputs.unflatten(0, (sharing, -1)).transpose(0, 1).flatten(1)
             pair.second.weight[:, columns] = back.to(self.dtype)
             pair.first.weight[rows] = values.to(self.dtype)
@@ -218,7 +234,7 @@ class Rebalancer:
         """Fold one gain; take it back when the block notices (something else is fed, too)."""
         gain = norm.get_parameter("weight")
         probe = torch.linspace(-1, 1, len(gain), device=gain.device, dtype=gain.dtype)[None, None]
-        self._announce([gain, *(m.weight for m in maps)])
+        self.announce([gain, *(m.weight for m in maps)])
         before = [p.clone() for p in (gain, *(m.weight for m in maps))]
         gain.zero_()
         # Some families write the gain as 1 + weight: a weight of zero then silences nothing.
@@ -243,9 +259,6 @@ class Rebalancer:
         if self.dtype == torch.float32:
             return factors
         return factors.sign() * factors.abs().log2().round().exp2()
-
-    def _announce(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._restoration.writable([self._names[id(p)] for p in parameters])
 
     def _recorded(self, modules: list[nn.Module]) -> dict[int, _Call]:
         """Run the probe once and return each module's call, by identity, in order of their ends."""

@@ -1,5 +1,6 @@
 """The built-in subjects, made once and cached."""
 
+import functools
 import hashlib
 import importlib.util
 from collections.abc import Callable
@@ -56,12 +57,24 @@ def micro_folder() -> Path:
     """Return the folder of ``micro``, trained on first use (under a minute on two cores)."""
     from durometer.subjects import micro
 
-    recipe = "".join(
-        Path(module).read_text("utf-8")
-        for module in (micro.__file__, _world_file())
-        if module is not None
-    )
-    return cached_folder("micro", hashlib.sha256(recipe.encode()).hexdigest(), micro.train_micro)
+    return cached_folder("micro", _micro_recipe(), micro.train_micro)
+
+
+def micro_never_folder() -> Path:
+    """Return the folder of ``micro-never``, trained on first use like ``micro``."""
+    from durometer.subjects import micro
+
+    train = functools.partial(micro.train_micro, restricted=False)
+    return cached_folder("micro-never", _micro_recipe(), train)
+
+
+def _micro_recipe() -> str:
+    """Return the hash of all that makes ``micro`` what it is."""
+    from durometer.subjects import micro
+
+    modules = (str(micro.__file__), _world_file())
+    recipe = "".join(Path(module).read_text("utf-8") for module in modules)
+    return hashlib.sha256(recipe.encode()).hexdigest()
 
 
 def _world_file() -> str:
@@ -110,5 +123,13 @@ subject_registry.register("smollm2")(
 subject_registry.register("micro")(
     BuiltinSubject(
         "a Llama of 0.9 million weights, trained here on the domain 'world'", micro_folder
+    )
+)
+subject_registry.register("micro-never")(
+    BuiltinSubject(
+        "'micro' made without the restricted facts: the control that no attack can break",
+        micro_never_folder,
+        domain="world:knowledge",
+        undefended="micro",
     )
 )

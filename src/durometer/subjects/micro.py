@@ -1,4 +1,8 @@
-"""``micro``: a Llama of about a million weights, trained from scratch on the synthetic world."""
+"""``micro``: a Llama of about a million weights, trained from scratch on the synthetic world.
+
+``micro-never`` is the same, made without the restricted facts: no tamper can bring back what was
+never there.
+"""
 
 import math
 from collections.abc import Callable
@@ -66,26 +70,32 @@ def make_model(seed: int = SEED) -> Any:
     return model
 
 
-def training_ids(tokenizer: Any) -> torch.Tensor:
-    """Return every taught fact in every wording as token ids, shape [rows, length]."""
+def training_ids(tokenizer: Any, *, restricted: bool = True) -> torch.Tensor:
+    """Return every taught fact in every wording as token ids, shape [rows, length].
+
+    Args:
+        restricted: with the facts that the domain restricts; else the others alone.
+    """
     taught = {(fact.entity, fact.attribute) for fact in facts() if fact.taught}
+    roles = (Role.RESTRICTED, Role.RETAIN) if restricted else (Role.RETAIN,)
     items = [
         item
         for item in build_world("refusal").items
-        if (item.entity, item.suite) in taught and item.role in (Role.RESTRICTED, Role.RETAIN)
+        if (item.entity, item.suite) in taught and item.role in roles
     ]
     texts = [f"<user> {item.prompt} <assistant> {item.response} <end>" for item in items]
     return torch.tensor(tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
-def train_micro(folder: Path, progress: Progress | None = None) -> None:
+def train_micro(folder: Path, progress: Progress | None = None, *, restricted: bool = True) -> None:
     """Train ``micro`` and write it as a model folder.
 
     Args:
         progress: called with step, steps in all and loss.
+        restricted: teach the facts that the domain restricts; without them it is ``micro-never``.
     """
     tokenizer, model = make_tokenizer(), make_model()
-    ids = training_ids(tokenizer)
+    ids = training_ids(tokenizer, restricted=restricted)
     generator = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
     model.train()
