@@ -69,8 +69,11 @@ class InnerSettings(TrainingSettings):
     inner_optimizers: tuple[OptimizerName, ...] = setting(
         ("adamw",), "optimisers of inner attacks, drawn with equal chances", min_length=1
     )
-    inner_weights: InnerWeights = setting(
-        "all", "what inner attacks train: all weights, an adapter, or a slice of the MLP matrices"
+    inner_weights: tuple[InnerWeights, ...] = setting(
+        ("all",),
+        "what inner attacks train, drawn with equal chances: all weights, an adapter, or a slice "
+        "of the MLP matrices",
+        min_length=1,
     )
     inner_rank: int = setting(16, "rank of an inner attack's adapter", ge=1)
     inner_batch: int = setting(32, "rows of an inner batch", ge=1)
@@ -79,7 +82,9 @@ class InnerSettings(TrainingSettings):
     )
     kept: int = setting(4, "attacked points that are kept for replay", ge=1)
 
-    @field_validator("adversaries", "inner_rates", "inner_optimizers", mode="before")
+    @field_validator(
+        "adversaries", "inner_rates", "inner_optimizers", "inner_weights", mode="before"
+    )
     @classmethod
     def _listed(cls, value: Any) -> Any:
         """Accept ``a+b`` as the command line has it."""
@@ -224,7 +229,7 @@ class Tar(AgainstAttacks[TarSettings]):
         "light": {
             "steps": 100,
             "inner_steps": 16,
-            "inner_weights": "adapter",
+            "inner_weights": ("adapter",),
             "inner_rates": (3e-4, 1e-3),
             "adversaries": ("restricted", "switch", "mix"),
             "inner_batch": 8,
@@ -345,7 +350,7 @@ def drawn(settings: InnerSettings, generator: torch.Generator) -> InnerAttack:
     switch = float(torch.rand(8, generator=generator).sort().values[5])
     return InnerAttack(
         one(settings.adversaries),
-        settings.inner_weights,
+        one(settings.inner_weights),
         one(settings.inner_optimizers),
         one(settings.inner_rates),
         settings.inner_batch,
@@ -360,7 +365,7 @@ def possible(settings: InnerSettings) -> list[InnerAttack]:
     return [
         InnerAttack(
             adversary,
-            settings.inner_weights,
+            weights,
             optimizer,
             rate,
             settings.inner_batch,
@@ -368,6 +373,7 @@ def possible(settings: InnerSettings) -> list[InnerAttack]:
             rank=settings.inner_rank,
         )
         for adversary in dict.fromkeys(settings.adversaries)
+        for weights in dict.fromkeys(settings.inner_weights)
         for optimizer in dict.fromkeys(settings.inner_optimizers)
         for rate in dict.fromkeys(settings.inner_rates)
     ]
