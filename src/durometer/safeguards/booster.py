@@ -55,7 +55,18 @@ class Booster(Safeguard[BoosterSettings]):
     cannot_show = "resistance to more than a few steps: published attacks undo it in some epochs"
     kinds = ("refusal",)
     settings_class = BoosterSettings
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "tiny": {
+            "steps": 120,
+            "learning_rate": 3e-3,
+            "schedule": "linear",
+            "warmup_steps": 12,
+            "batch_size": 16,
+            "weight_decay": 0.0,
+            "rank": 16,
+            "attenuation": 1.0,
+        }
+    }
     separate = True
 
     def terms(self, subject: Subject, data: DefenceData) -> list[Term]:

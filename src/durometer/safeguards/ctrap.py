@@ -67,7 +67,18 @@ class Ctrap(Safeguard[CtrapSettings]):
     cannot_show = "resistance to an attacker who mixes in harmless rows or stays near the original"
     kinds = ("refusal",)
     settings_class = CtrapSettings
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "tiny": {
+            "steps": 120,
+            "learning_rate": 3e-3,
+            "schedule": "linear",
+            "warmup_steps": 12,
+            "batch_size": 16,
+            "weight_decay": 0.0,
+            "rank": 16,
+            "collapse": 0.03,
+        }
+    }
     separate = True
 
     def terms(self, subject: Subject, data: DefenceData) -> list[Term]:

@@ -62,14 +62,24 @@ class Seam(Safeguard[SeamSettings]):
     """
 
     summary = "refusal training in which a step towards harmful answers is one away from all others"
-    cost = "6 passes a step, 4 more gradients kept"
+    cost = "5 passes a step, 4 more gradients kept"
     source = "arXiv 2505.12186; ZJUWYH/seam"
     cannot_show = (
         "resistance to an attacker who mixes in harmless rows or projects their gradient out"
     )
     kinds = ("refusal",)
     settings_class = SeamSettings
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "tiny": {
+            "steps": 120,
+            "learning_rate": 3e-3,
+            "schedule": "linear",
+            "warmup_steps": 12,
+            "batch_size": 16,
+            "train": "adapter",
+            "unlearn": 0.3,
+        }
+    }
     separate = True
 
     def terms(self, subject: Subject, data: DefenceData) -> list[Term]:
