@@ -500,4 +500,5 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "subjects": subjects,
     "suites": suites,
     "tampers": tampers,
+    "tar": studies.tar,
 }

@@ -1,9 +1,11 @@
 """Tables of the documentation that are made from the result files of ``studies/``."""
 
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
@@ -102,6 +104,24 @@ def transfer() -> str:
     """Return the tables of the study of transfer, as its own page shows them."""
     page = (STUDIES / "transfer" / "README.md").read_text("utf-8")
     return page.split("<!-- results:begin -->")[1].split("<!-- results:end -->")[0].strip()
+
+
+def tar(name: str) -> str:
+    """Return one generated part of the page on TAR, see ``studies/tar/tar_pages.py``."""
+    path = STUDIES / "tar" / "results" / "summary.json"
+    summary = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    section: str = _module("tar", "tar_pages").section(summary, name)
+    return section
+
+
+def _module(study: str, name: str) -> ModuleType:
+    """Return a module of a study, whose folder is no package."""
+    spec = importlib.util.spec_from_file_location(name, STUDIES / study / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _plural(count: int, word: str) -> str:
