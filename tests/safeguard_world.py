@@ -1,5 +1,6 @@
 """Short trainings of every registered safeguard on the tiny world."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,8 @@ COMMON: dict[str, Any] = {
     "schedule": "constant",
     "warmup_steps": 0,
     "train": "all",
+    "weight_decay": 0.0,
+    "gradient_clip": 0.0,
 }
 # What a safeguard needs besides to be short.
 SHORT: dict[str, dict[str, Any]] = {
@@ -45,7 +48,35 @@ SHORT: dict[str, dict[str, Any]] = {
     "booster": {"weight_decay": 0.0},
     "ctrap": {"weight_decay": 0.0},
     "mlac": {"inner_steps": 3, "stride": 2, "inner_rates": (1e-2,), "inner_batch": 6},
+    "llmu": {"sft": 1.0},
+    "sdd": {"sft": 1.0},
+    "extended_refusal": {"sft": 1.0, "overview": "{prompt}", "rationale": "{refusal}"},
+    "undo": {"sft": 1.0},
+    "r2d2": {
+        "pool": 4,
+        "cases": 2,
+        "search_steps": 1,
+        "candidates": 8,
+        "top_k": 8,
+        "suffix_tokens": 3,
+        "initial": "",
+    },
     "sophon": {"inner_steps": 3, "inner_rates": (1e-2,), "inner_batch": 6, "normal_steps": 1},
+    "rmu": {"first_block": 0.0, "last_block": 1.0, "sft": 1.0},
+    "circuit_breakers": {"first_block": 0.0, "last_block": 1.0, "sft": 1.0},
+    "crl": {"sft": 1.0},
+    "vaccine": {"sft": 1.0},
+    "t_vaccine": {"sft": 1.0, "layers": 0.5, "redraw": 2, "reweigh": 3, "probe_rows": 8},
+    "latent_adversarial": {"pgd_steps": 2, "reuse": 2, "unit": "median", "radius": 0.3},
+    "refat": {"refresh": 2, "prompts": 6},
+    "mudman": {"sft": 1.0, "fork_every": 2},
+    "cir": {
+        "sft": 1.0,
+        "refit": 2,
+        "retain_limit": 0.0,
+        "input_directions": 3,
+        "gradient_directions": 3,
+    },
 }
 TRAINED = [
     (name, kind)
@@ -60,7 +91,13 @@ def short(name: str, **settings: Any) -> Safeguard[Any]:
 
 
 # Settings of those that only edit.
-EDITED: dict[str, dict[str, Any]] = {}
+EDITED: dict[str, dict[str, Any]] = {
+    "rep_select": {"batch_size": 14, "rate": 1.0, "retain_kl": 0.1, "bisections": 2},
+}
+# What such an edit starts from, where it is not the undefended model.
+EDIT_START: dict[str, Callable[[], Subject]] = {"lox": tiny_world.safeguarded}
+# Settings with which what is done before training changes nothing.
+NEUTRAL: dict[str, dict[str, Any]] = {"undo": {"noise_share": 0.0}}
 
 
 def short_edit(name: str, **settings: Any) -> Safeguard[Any]:

@@ -65,7 +65,7 @@ def test_each_coefficient_is_a_setting(name: str, kind: Any, term: str) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), world.TRAINED)
 def test_with_its_extra_terms_off_it_is_plain_fine_tuning(name: str, kind: Any) -> None:
-    made = world.short(name)
+    made = world.short(name, **world.NEUTRAL.get(name, {}))
     extras = [term for term in world.term_names(made, kind) if term != "sft"]
     bare, _ = world.trained(world.without(made, *extras), kind)
     plain, _ = world.trained(
@@ -159,11 +159,12 @@ def test_nothing_is_nothing() -> None:
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_changes_weights_and_repeats(name: str) -> None:
     prints = []
+    start = world.EDIT_START.get(name, tiny_world.undefended)
     for _ in range(2):
-        subject = tiny_world.undefended()
+        subject = start()
         world.edit(world.short_edit(name), subject)
         prints.append(weights_fingerprint(subject.model))
-    assert prints[0] == prints[1] != weights_fingerprint(tiny_world.undefended().model)
+    assert prints[0] == prints[1] != weights_fingerprint(start().model)
 
 
 def test_noise_has_the_norm_that_is_asked_for() -> None:

@@ -181,6 +181,11 @@ class AttackRunner:
         self._current: FineTuning[Any] | None = None
         self._chat = RememberingChat(**vars(subject.chat))
 
+    @property
+    def ledger(self) -> Ledger:
+        """Counts what attacks cost, searches for inputs included."""
+        return self._ledger
+
     def run(self, attack: InnerAttack, seed: int) -> Iterator[Update]:
         """Yield after every update of ``attack``; the weights are the attacked ones meanwhile.
 

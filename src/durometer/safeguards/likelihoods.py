@@ -1,0 +1,80 @@
+"""Losses on likelihoods that several safeguards share, and when to end an ascent without bound."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from durometer.safeguards.base import Term
+from durometer.safeguards.passes import Pass
+
+
+def divergence(one: Pass) -> torch.Tensor:
+    """Return KL(frozen || trained) of the predictions of each label, nats, shape [labels]."""
+    frozen = one.reference.log_probabilities
+    return (frozen.exp() * (frozen - one.log_probabilities)).sum(-1)
+
+
+def mean_nll(one: Pass) -> torch.Tensor:
+    """Return the mean cross-entropy of each row's own labels, nats, shape [rows].
+
+    Every row counts alike, however long it is.
+    """
+    lengths = torch.tensor([len(row.labels) for row in one.rows])
+    return -one.row_log_likelihood() / lengths.to(one.labelled.logits.device)
+
+
+def improbability(one: Pass, floor: float) -> torch.Tensor:
+    """Return ``-log(1 - p)`` of each label, shape [labels].
+
+    It is 0 where ``log p`` is below ``floor``.
+    """
+    likelihood = one.log_likelihood()
+    # By way of expm1: 1 - p rounds to 0 where the answer is sure.
+    rest = torch.log(-torch.expm1(likelihood.clamp(max=-1e-6)))
+    return -rest * (likelihood > floor)
+
+
+def harmless(coefficient: float) -> Term:
+    """Return the cross-entropy on harmless rows alone, in kinds whose ``sft`` holds refusals."""
+    return Term("retain", coefficient, "retain", lambda p: p.cross_entropy())
+
+
+def ascended(
+    losses: Mapping[str, float], term: str, coefficient: float, limit: float, settled: str
+) -> str:
+    """Return why an ascent should end, '' to go on.
+
+    Args:
+        losses: of the last step, coefficients included; the one of ``term`` is minus what rises.
+        limit: nats; 0 never stops.
+        settled: why else it ends, which goes first.
+    """
+    if settled or not limit or not coefficient:
+        return settled
+    reached = -losses.get(term, 0.0) / coefficient
+    return f"restricted loss above {limit:g} nats" if reached > limit else ""
+
+
+def tiny_adapter(**settings: Any) -> dict[str, Any]:
+    """Return what refusal training on models of a few million weights needs, and ``settings``."""
+    return {
+        "steps": 120,
+        "learning_rate": 3e-3,
+        "schedule": "linear",
+        "warmup_steps": 12,
+        "train": "adapter",
+        "batch_size": 16,
+    } | settings
+
+
+def light_adapter(**settings: Any) -> dict[str, Any]:
+    """Return what refusal training on models of 100 million weights needs, and ``settings``."""
+    return {
+        "steps": 40,
+        "learning_rate": 1e-3,
+        "schedule": "linear",
+        "warmup_steps": 4,
+        "train": "adapter",
+        "batch_size": 8,
+    } | settings
