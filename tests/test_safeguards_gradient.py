@@ -288,7 +288,7 @@ def test_the_cosines_gradient_is_that_of_double_backpropagation() -> None:
         loss = mean_loss(model, seen.rows[pool])
         found = torch.autograd.grad(loss, weights, create_graph=True)
         flats.append(torch.cat([g.flatten() for g in found]))
-    cosine = functional.cosine_similarity(*flats, dim=0)
+    cosine = functional.cosine_similarity(flats[0], flats[1], dim=0)
     wanted = list(torch.autograd.grad(0.5 * cosine, weights))
     assert_same(seen.gradient, wanted, 0.02)
     assert seen.losses == pytest.approx({"self_destruct": 0.5 * float(cosine.detach())}, rel=1e-3)

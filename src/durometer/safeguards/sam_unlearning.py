@@ -64,7 +64,17 @@ class SamUnlearning(Safeguard[SamUnlearningSettings]):
     cannot_show = "resistance to relearning that goes further than rho"
     kinds = ("knowledge",)
     settings_class = SamUnlearningSettings
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "tiny": {
+            "steps": 150,
+            "learning_rate": 1e-3,
+            "schedule": "linear",
+            "warmup_steps": 10,
+            "batch_size": 32,
+            "train": "mlp",
+            "beta": 0.1,
+        }
+    }
     separate = True
 
     @property
