@@ -252,9 +252,9 @@ def seeds_trials(results: Results, limits: Limits) -> list[Trial]:
 
 def goes_on(results: Results, trial: Trial) -> bool:
     """Say whether a trial was not over at its cap."""
-    found = results.trials.get(trial.key(results))
-    broke = found.get("broke", {}).get("report", {}) if found else {}
-    return bool(found) and found["status"] == "done" and tar_summary.KEPT not in broke
+    found = results.trials.get(trial.key(results), {"status": "missing"})
+    broke = found.get("broke", {}).get("report", {})
+    return found["status"] == "done" and tar_summary.KEPT not in broke
 
 
 def ablation_trials(results: Results, limits: Limits) -> list[Trial]:

@@ -77,7 +77,9 @@ def _identity(model: Model) -> str:
     request = HardenRequest("micro", f"world:{model.kind}", (model.spec,))
     stages = stages_of(request, _micro(), durometer.load_domain(request.domain))
     # Values that differ from the defaults: a setting added later does not make another model of it.
-    told = [[s.name, s.settings.model_dump(mode="json", exclude_defaults=True)] for s in stages]
+    told: list[Any] = [
+        [s.name, s.settings.model_dump(mode="json", exclude_defaults=True)] for s in stages
+    ]
     if "{tar}" in model.spec:
         told.append(tar_model(model.kind, model.seed).identity)
     return f"{stages[-1].name}-{model.kind}-{model.seed}-{digest_of(told)[:8]}"
@@ -165,7 +167,10 @@ class Limits:
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> "Limits":
         """Return what ``as_dict`` returned."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in found.items()
+        }
+        return cls(**values)
 
 
 LIMITS = {

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from statistics import median
 from typing import Any
@@ -244,12 +245,12 @@ def best(rows: Sequence[Json], kind: str, count: int) -> list[str]:
         and r.get("protected")
         and r["retain_cost"] <= 100 * LIMIT
     ]
-    rankings = [sorted(usable, key=lambda r, k=key: _rank(r, k)) for key in (KEPT, FALLEN)]
+    rankings = [sorted(usable, key=partial(_rank, key)) for key in (KEPT, FALLEN)]
     turns = [ranked[place]["label"] for place in range(len(usable)) for ranked in rankings]
     return list(dict.fromkeys(turns))[:count]
 
 
-def _rank(found: Json, key: str) -> tuple[float, float, str]:
+def _rank(key: str, found: Json) -> tuple[float, float, str]:
     """Return the sort key: the worst case first, then the sum of the medians' logarithms."""
     middles = [m[key] for m in found["medians"].values() if m[key]]
     logs = sum(math.log(1 + (m["median"] or 2 * m.get("above", 0))) for m in middles)
