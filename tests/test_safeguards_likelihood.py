@@ -170,7 +170,7 @@ def test_llmu_counts_rows_alike_and_anchors_by_the_forward_divergence() -> None:
 
 
 def test_llmu_draws_harmless_answers_anew_for_the_same_prompts() -> None:
-    run, subject, data = world.prepare(world.short("llmu", answers=3), "knowledge")
+    run, subject, _ = world.prepare(world.short("llmu", answers=3), "knowledge")
     seen: list[tuple[list[Row], list[Row]]] = []
     transform = run.safeguard.transform
 
@@ -178,7 +178,7 @@ def test_llmu_draws_harmless_answers_anew_for_the_same_prompts() -> None:
         seen.append((step.rows("restricted"), step.rows("mismatched")))
         return transform(step)
 
-    run.safeguard.transform = look  # type: ignore[method-assign]
+    run.safeguard.transform = look
     run.run()
     known = {subject.chat.decode(row.labels) for row in pool("knowledge", "retain", 999)}
     drawn = []
@@ -190,7 +190,6 @@ def test_llmu_draws_harmless_answers_anew_for_the_same_prompts() -> None:
         assert len(drawn[-1]) == 3
         assert drawn[-1] <= known
     assert len(set(drawn)) > 1
-    assert not data.domain.rules.other_answers[0].startswith("fruit")
 
 
 # ---- dpo ---------------------------------------------------------------------------------------
@@ -303,9 +302,12 @@ def test_deep_alignment_sees_begun_answers_and_teaches_none() -> None:
     run, subject, _ = world.prepare(world.short("deep_alignment", begun=1.0), "refusal")
     seen: list[Row] = []
     transform = run.safeguard.transform
-    run.safeguard.transform = lambda step: (  # type: ignore[method-assign]
-        seen.extend(step.rows("recoveries")) or transform(step)
-    )
+
+    def look(step: Any) -> Any:
+        seen.extend(step.rows("recoveries"))
+        return transform(step)
+
+    run.safeguard.transform = look
     run.run()
     texts = [subject.chat.tokenizer.decode(row.ids) for row in seen]
     assert all("metal" in text.split("<assistant>")[1] for text in texts)
@@ -388,7 +390,7 @@ def test_noise_is_only_where_training_can_undo_it() -> None:
 
 
 def test_the_teacher_is_whole_and_comes_closer() -> None:
-    made = world.short("undo", sft=0.0, steps=30, noise_share=0.3)
+    made = world.short("undo", sft=0.0, steps=20, noise_share=0.3)
     run, _, _ = world.prepare(made, "knowledge")
     assert run._reference is not None
     teacher = weights_fingerprint(run._reference.model)
@@ -402,9 +404,9 @@ def test_the_teacher_is_whole_and_comes_closer() -> None:
 
 
 def test_undo_unlearns_first() -> None:
-    made = make_safeguard("undo", teacher="min_posterior")
+    made = make_safeguard("undo", teacher="npo")
     names = [stage.name for stage in made.stages(tiny_world.tiny_domain("knowledge"))]
-    assert names == ["min_posterior", "undo"]
+    assert names == ["npo", "undo"]
     alone = make_safeguard("undo", teacher="none")
     assert alone.stages(tiny_world.tiny_domain("knowledge")) == [alone]
 
@@ -494,7 +496,7 @@ def test_attacked_rows_hold_the_suffix_and_the_right_responses() -> None:
 
 
 def test_the_pool_is_kept_and_attacked_further() -> None:
-    made = world.short("r2d2", steps=12, pool=2, cases=2, learning_rate=1e-9, candidates=32)
+    made = world.short("r2d2", steps=6, pool=2, cases=2, learning_rate=1e-9, candidates=32)
     _, subject, seen = watched(made)
     losses = [
         float(-torch.stack([log_likelihoods(subject.model, row).mean() for row in rows]).mean())
@@ -525,7 +527,7 @@ def test_searching_changes_no_weight_and_leaves_the_mode() -> None:
 
 
 def test_some_cases_begin_anew() -> None:
-    made = world.short("r2d2", pool=10, cases=10, reset_every=3, reset_share=0.3, steps=4)
+    made = world.short("r2d2", pool=5, cases=5, reset_every=2, reset_share=0.4, steps=3)
     run, _, _ = world.prepare(made, "refusal")
     begun = []
     deal = made._deal
@@ -536,7 +538,7 @@ def test_some_cases_begin_anew() -> None:
 
     made._deal = look
     run.run()
-    assert begun == [0, 10, 10, 7]
+    assert begun == [0, 5, 3]
     assert sorted(made.state()) == ["slots", "suffixes"]
 
 
@@ -562,7 +564,6 @@ def test_the_probability_of_a_target_is_pushed_down_to_a_floor() -> None:
     [
         ("r2d2", "refusal", {"steps": 6, "reset_every": 2}),
         ("llmu", "knowledge", {"steps": 6}),
-        ("deep_alignment", "refusal", {"steps": 6}),
         ("undo", "knowledge", {"steps": 6}),
     ],
 )

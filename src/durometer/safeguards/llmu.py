@@ -63,7 +63,19 @@ class Llmu(Safeguard[LlmuSettings]):
     cannot_show = "resistance to fine-tuning: a few steps bring the answers back"
     kinds = ("knowledge",)
     settings_class = LlmuSettings
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"tiny": {}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "tiny": {
+            "steps": 100,
+            "learning_rate": 4e-4,
+            "warmup_steps": 10,
+            "batch_size": 16,
+            "train": "blocks",
+            "ascent": 4.0,
+            "answers": 3,
+            "anchor": 8.0,
+            "most_loss": 20.0,
+        }
+    }
 
     @property
     def reference(self) -> ReferencePoint | None:

@@ -119,7 +119,17 @@ class SimNpo(Safeguard[SimNpoSettings]):
     cannot_show = "resistance to fine-tuning: tens of steps bring the answers back"
     kinds = ("knowledge",)
     settings_class = SimNpoSettings
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"tiny": {}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "tiny": {
+            "steps": 100,
+            "learning_rate": 5e-4,
+            "warmup_steps": 10,
+            "train": "blocks",
+            "rejection": 0.5,
+            # A row's mean over few, mostly sure labels: the answer's own is several times this.
+            "margin": 6.0,
+        }
+    }
 
     def terms(self, subject: Subject, data: DefenceData) -> list[Term]:
         """Return the cross-entropy on retain rows and the preference against restricted ones."""

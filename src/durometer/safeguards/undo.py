@@ -27,7 +27,7 @@ from durometer.subjects.base import Subject
 class UndoSettings(TrainingSettings):
     """Settings of ``undo``; defaults are those of the released scripts."""
 
-    teacher: Literal["max_entropy", "min_posterior", "random_mapping", "none"] = setting(
+    teacher: Literal["max_entropy", "grad_diff", "rmu", "npo", "random_mapping", "none"] = setting(
         "max_entropy", "safeguard that unlearns first; none: the subject as it is"
     )
     teacher_preset: str = setting("", "preset of the teacher")
@@ -66,7 +66,19 @@ class Undo(Safeguard[UndoSettings]):
     cannot_show = "robustness at little noise; what is not distilled is lost with the noise"
     kinds = ("knowledge",)
     settings_class = UndoSettings
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"tiny": {}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # Of facts that stand alone, like those of the small worlds, distilling a part brings back
+        # no other: little noise, and none on the embeddings.
+        "tiny": {
+            "teacher": "npo",
+            "steps": 60,
+            "learning_rate": 5e-4,
+            "schedule": "linear",
+            "warmup_steps": 5,
+            "train": "blocks",
+            "noise_share": 0.1,
+        }
+    }
 
     @property
     def reference(self) -> ReferencePoint | None:
