@@ -86,7 +86,21 @@ class R2d2(Safeguard[R2d2Settings]):
             pool=24, cases=2, search_steps=2, candidates=32, top_k=64, suffix_tokens=10
         ),
         "tiny": tiny_adapter(
-            pool=32, cases=4, search_steps=2, candidates=32, top_k=32, suffix_tokens=4
+            steps=80,
+            learning_rate=2e-3,
+            warmup_steps=8,
+            rank=4,
+            batch_size=48,
+            harmless_share=0.75,
+            sft=3.0,
+            away=0.1,
+            toward=0.1,
+            pool=32,
+            cases=2,
+            search_steps=1,
+            candidates=16,
+            top_k=32,
+            suffix_tokens=4,
         ),
     }
 
