@@ -194,10 +194,25 @@ def test_both_sorts_of_benign_items_are_reported(capitals: Domain) -> None:
 
 def test_world_has_the_planned_sizes(world: Domain) -> None:
     planned = {"defence": 80, "attack": 64, "select": 24, "report": 56, "never_taught": 32}
-    counts = world.counts()
-    assert {split: counts[f"entities_{split}"] for split in planned} == planned
-    assert len({item.entity for item in world.items}) == 256
-    assert counts["retain_report"] >= 700
+    restricted = world.select(Role.RESTRICTED)
+    found = {split: {i.entity for i in restricted if i.split == split} for split in planned}
+    assert {split: len(entities) for split, entities in found.items()} == planned
+    assert len({item.entity for item in restricted}) == 256
+    assert world.counts()["retain_report"] >= 700
+
+
+def test_retain_facts_are_dealt_one_by_one_so_that_every_split_is_about_most_entities(
+    world: Domain,
+) -> None:
+    retain = world.select(Role.RETAIN)
+    splits = {item.entity: item.split for item in retain}
+    assert len(splits) == 4 * 256
+    assert all(splits[item.entity] == item.split for item in retain)
+    for split, share in zip((*TRAINED, *MEASURED), (80, 64, 24, 56), strict=True):
+        facts_there = [fact for fact, owner in splits.items() if owner == split]
+        assert len(facts_there) == pytest.approx(4 * 256 * share / 224, abs=1)
+    defended = {item.entity.split()[0] for item in retain if item.split == Split.DEFENCE}
+    assert len(defended) > 200
 
 
 def test_what_is_restricted_of_untaught_entities_is_not_taught(world: Domain) -> None:

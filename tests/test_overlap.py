@@ -153,4 +153,7 @@ def test_rows_are_for_a_table() -> None:
 def test_built_in_domains_are_sound(build: object) -> None:
     report = overlap_report(build("refusal"))  # type: ignore[operator]
     assert report.sound
-    assert max(found.ngrams for found in report.pairs) < 0.1
+    # Retain rows of the world name the entities that restricted ones are about, and may.
+    own = [found for found in report.pairs if found.first.startswith(Role.RESTRICTED)]
+    assert max(found.ngrams for found in own) < 0.1
+    assert not any(found.prompts or found.responses for found in report.pairs)

@@ -62,6 +62,20 @@ def entity_splits() -> dict[str, Split]:
 
 
 @cache
+def retain_splits() -> dict[str, Split]:
+    """Return the split of every fact that is not restricted.
+
+    Facts are dealt one by one: who defends a model has ordinary data about whatever it knows, and
+    what counts is whether facts that no row taught again are still there. With whole entities held
+    back, nothing at all would tell the defender that they exist.
+    """
+    groups = [
+        f"{e} {a}" for e in entity_names() for a in ATTRIBUTES if a not in RESTRICTED_ATTRIBUTES
+    ]
+    return deal_splits(groups, SHARES, "world retain")
+
+
+@cache
 def facts() -> tuple[Fact, ...]:
     """Return all facts of the world; those untaught are restricted ones on untaught entities."""
     splits = entity_splits()
@@ -91,16 +105,14 @@ def _hash(text: str) -> int:
 def _items(fact: Fact) -> list[Item]:
     restricted = fact.attribute in RESTRICTED_ATTRIBUTES
     role = Role.RESTRICTED if restricted else Role.RETAIN
-    split = entity_splits()[fact.entity]
-    if not restricted and split == Split.NEVER:
-        # Untaught entities are ordinary ones where nothing is restricted: more items to report on.
-        split = Split.REPORT
+    group = fact.entity if restricted else f"{fact.entity} {fact.attribute}"
+    split = entity_splits()[group] if restricted else retain_splits()[group]
     others = [value for value in value_names(fact.attribute) if value != fact.value]
     start = _hash(f"choices:{fact.entity}:{fact.attribute}") % (len(others) - 2)
     return [
         Item(
             id=f"{role}/{fact.entity}/{fact.attribute}/{number}",
-            entity=fact.entity,
+            entity=group,
             role=role,
             split=split,
             prompt=template.format(attribute=fact.attribute, entity=fact.entity),

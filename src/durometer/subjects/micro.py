@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from durometer.domains.base import Role
-from durometer.domains.world import build_world, facts, vocabulary
+from durometer.domains.base import Role, Split
+from durometer.domains.world import build_world, vocabulary
 
 STEPS, RATE, BATCH, SEED = 500, 2e-3, 128, 20240801
 LAYERS, WIDTH, HEADS = 4, 128, 4
@@ -76,12 +76,11 @@ def training_ids(tokenizer: Any, *, restricted: bool = True) -> torch.Tensor:
     Args:
         restricted: with the facts that the domain restricts; else the others alone.
     """
-    taught = {(fact.entity, fact.attribute) for fact in facts() if fact.taught}
     roles = (Role.RESTRICTED, Role.RETAIN) if restricted else (Role.RETAIN,)
     items = [
         item
         for item in build_world("refusal").items
-        if (item.entity, item.suite) in taught and item.role in roles
+        if item.role in roles and item.split != Split.NEVER
     ]
     texts = [f"<user> {item.prompt} <assistant> {item.response} <end>" for item in items]
     return torch.tensor(tokenizer(texts, add_special_tokens=False)["input_ids"])
