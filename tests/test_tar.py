@@ -14,6 +14,7 @@ from durometer.core.edits import RestoreError
 from durometer.core.errors import InputError
 from durometer.core.rows import Row
 from durometer.domains.base import Role, Split
+from durometer.safeguards.anchors import anchors, replaceable
 from durometer.safeguards.attacks import (
     AttackRunner,
     InnerAttack,
@@ -369,3 +370,69 @@ def test_stages_follow_the_kind_of_domain() -> None:
     alone = make_safeguard("tar", stage1="none", loss="entropy")
     assert alone.stages(tiny_world.tiny_domain()) == [alone]
     assert Visit().place == "weights"
+
+
+# ---- anchor rows -------------------------------------------------------------------------------
+
+
+def test_anchor_rows_hold_no_token_that_only_restricted_rows_have() -> None:
+    _, subject, data = one_step()
+    kept, avoided = (
+        [row for unit in data.pool(name) for row in unit] for name in ("retain", "restricted")
+    )
+    tokenizer = subject.chat.tokenizer
+    size = len(tokenizer)
+    tokens = replaceable(tokenizer, size, kept, avoided)
+    only = {t for row in avoided for t in row.ids} - {t for row in kept for t in row.ids}
+    assert only
+    assert not only & set(tokens)
+    assert not set(tokenizer.all_special_ids) & set(tokens)
+    assert len(tokens) == size - len(only | set(tokenizer.all_special_ids))
+
+
+def test_anchor_rows_keep_layout_labels_and_the_declared_share() -> None:
+    _, subject, data = one_step()
+    units = data.pool("retain")
+    specials = set(subject.chat.tokenizer.all_special_ids)
+    tokens = [t for t in range(len(subject.chat.tokenizer)) if t not in specials]
+    made = anchors(units * 20, tokens, 0.4, torch.Generator().manual_seed(1))
+    changed = places = 0
+    for (old,), (new,) in zip(units * 20, made, strict=True):
+        assert new.labels == old.labels
+        assert (new.first_label, new.item_id) == (old.first_label, old.item_id)
+        for before, after in zip(old.ids[: old.first_label], new.ids, strict=False):
+            if before in specials:
+                assert before == after
+            else:
+                places += 1
+                changed += before != after
+    assert changed / places == pytest.approx(0.4, abs=0.03)
+    again = anchors(units * 20, tokens, 0.4, torch.Generator().manual_seed(1))
+    assert again == made
+
+
+def test_anchors_are_another_draw_at_every_step_and_keep_near_the_reference() -> None:
+    seen: list[Any] = []
+    start = tiny_world.undefended()
+    reference = Reference(start.model, tree=start.tree)
+    _, _, data = one_step()
+    rows = [unit[0] for unit in data.pool("retain")[:6]]
+    drifts = []
+    for anchor in (1e-9, 30.0):
+        made = world.short("tar", steps=6, representation=0.0, anchor=anchor)
+        visits = made.visits
+
+        def spy(step: Any, visits: Any = visits) -> Any:
+            for visit in visits(step):
+                if visit.place == "anchors":
+                    seen.append(tuple(row.ids for row in step.rows("anchors")))
+                yield visit
+
+        made.visits = spy  # type: ignore[method-assign]
+        subject, _ = world.trained(made)
+        with torch.no_grad():
+            (one,) = passes(subject.forward, rows, ("residual",), reference, whole=True)
+            drifts.append(float(made._distance(one).mean()))  # type: ignore[attr-defined]
+    assert len(set(seen[:6])) == 6
+    assert seen[:6] == seen[6:]
+    assert drifts[1] < 0.7 * drifts[0]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from durometer.core.errors import InputError
 from durometer.core.optimizers import OptimizerName
 from durometer.core.settings import Levels, setting
 from durometer.domains.base import Domain
+from durometer.safeguards.anchors import anchors, replaceable
 from durometer.safeguards.attacks import (
     Adversary,
     Delta,
@@ -30,12 +32,12 @@ from durometer.safeguards.base import (
     safeguard,
     supervised,
 )
-from durometer.safeguards.data import DefenceData
+from durometer.safeguards.data import DefenceData, Unit
 from durometer.safeguards.passes import Pass
 from durometer.safeguards.train import Step
 from durometer.subjects.base import Subject
 
-ATTACKED = "attacked"
+ATTACKED, ANCHORS = "attacked", "anchors"
 DPO_BETA = 0.1
 A = TypeVar("A", bound="InnerSettings")
 
@@ -125,6 +127,15 @@ class TarSettings(InnerSettings):
     )
     distance: Literal["norm", "square"] = setting(
         "norm", "distance of activations: the plain norm (released code) or its square (paper)"
+    )
+    anchor: float = setting(
+        0.0,
+        "coefficient of the same distance on retain rows in which random tokens stand in place of "
+        "prompt tokens: it keeps what no retain row is about (durometer's own; 0 in the paper)",
+        ge=0,
+    )
+    replaced: float = setting(
+        0.3, "chance of a prompt token of an anchor row to be replaced", gt=0, le=1
     )
     retain_reference: Literal["original", "stage_start"] = setting(
         "original",
@@ -241,12 +252,17 @@ class Tar(AgainstAttacks[TarSettings]):
         "ci": {**SMALL, "steps": 50, "inner_steps": 16},
     }
 
+    def __init__(self, settings: TarSettings) -> None:
+        super().__init__(settings)
+        self._replaceable: list[int] = []
+
     @property
     def reference(self) -> ReferencePoint | None:
         """The model that retain activations are kept near to; for DPO, the start of this stage."""
         if self.settings.loss == "dpo":
             return "stage_start"
-        return self.settings.retain_reference if self.settings.representation else None
+        near = self.settings.representation or self.settings.anchor
+        return self.settings.retain_reference if near else None
 
     def stages(self, domain: Domain) -> list[Safeguard[Any]]:
         """Return the plain safeguard that it starts from, and the training against attacks."""
@@ -268,19 +284,21 @@ class Tar(AgainstAttacks[TarSettings]):
         """
         settings = self.settings
         self.require_fine(subject)
-        return [
-            supervised(settings),
-            Term(
-                "representation",
-                settings.representation,
-                "sft",
-                self._distance,
-                per="token",
-                reads=("residual",),
-                may_rest=True,
-            ),
-            resistance(settings),
-        ]
+        near = Term(
+            "representation",
+            settings.representation,
+            "sft",
+            self._distance,
+            per="token",
+            reads=("residual",),
+            may_rest=True,
+        )
+        anchor = replace(near, name="anchor", coefficient=settings.anchor, rows=ANCHORS, at=ANCHORS)
+        return [supervised(settings), near, anchor, resistance(settings)]
+
+    def pools(self, data: DefenceData) -> Mapping[str, list[Unit]]:
+        """Return the retain rows that anchor rows are made from, step by step."""
+        return {ANCHORS: data.pool("retain")} if self.settings.anchor else {}
 
     def _distance(self, one: Pass) -> torch.Tensor:
         pairs = zip(one.states(), one.reference.states(), strict=True)
@@ -293,7 +311,23 @@ class Tar(AgainstAttacks[TarSettings]):
         """Yield points along inner attacks, then the weights themselves."""
         if self.settings.tamper_resistance:
             yield from self.attacked(step)
+        if self.settings.anchor:
+            self._anchor(step)
+            yield Visit(ANCHORS)
         yield Visit()
+
+    def _anchor(self, step: Step) -> None:
+        pool = step.units(ANCHORS)
+        if not self._replaceable:
+            subject, data = step.subject, step.data
+            kept, avoided = (
+                [row for unit in data.pool(name) for row in unit]
+                for name in ("retain", "restricted")
+            )
+            size = int(subject.model.get_input_embeddings().num_embeddings)
+            self._replaceable = replaceable(subject.chat.tokenizer, size, kept, avoided)
+        made = anchors(pool, self._replaceable, self.settings.replaced, step.random(ANCHORS))
+        step.put(ANCHORS, made)
 
 
 def resistance(settings: TarSettings) -> Term:
