@@ -33,7 +33,7 @@ class Seen:
     """One update of a safeguard: what it started from, read, and would have applied."""
 
     def __init__(self, name: str, *, step: int = 0, **settings: Any) -> None:
-        made = world.short(name, **{"steps": step + 1, "learning_rate": 1e-2, **settings})
+        made: Any = world.short(name, **{"steps": step + 1, "learning_rate": 1e-2, **settings})
         self.run, self.subject, self.data = world.prepare(made, made.kinds[0])
         self.rows: dict[str, list[Row]] = {}
         self.attacks: list[list[Row]] = []
@@ -53,7 +53,7 @@ class Seen:
             )
             return list(self.gradient)
 
-        made.visits, made.transform = start, keep  # type: ignore[method-assign]
+        made.visits, made.transform = start, keep
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(AttackRunner, "run", self._watching(AttackRunner.run))
             self.outcome = self.run.run()
@@ -102,7 +102,7 @@ def weighed(*parts: tuple[float, Gradient]) -> Gradient:
     return [
         sum(w * g for (w, _), g in zip(parts, column, strict=True))
         for column in zip(*(p for _, p in parts), strict=True)
-    ]  # type: ignore[misc]
+    ]
 
 
 def assert_same(found: Gradient, wanted: Gradient, tolerance: float = 1e-3) -> None:
@@ -112,14 +112,14 @@ def assert_same(found: Gradient, wanted: Gradient, tolerance: float = 1e-3) -> N
 
 
 def fake(logits: torch.Tensor, targets: list[int]) -> Pass:
-    found = SimpleNamespace(
+    found: Any = SimpleNamespace(
         logits=logits,
         targets=torch.tensor(targets),
         rows=torch.arange(len(targets)),
         members=tuple(range(len(targets))),
     )
     rows: Any = [None] * len(targets)
-    return Pass(rows, found, {}, None)  # type: ignore[arg-type]
+    return Pass(rows, found, {}, None)
 
 
 # ---- probes along a gradient -------------------------------------------------------------------

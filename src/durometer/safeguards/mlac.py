@@ -57,7 +57,21 @@ class Mlac(AgainstAttacks[MlacSettings]):
     cannot_show = "resistance to attacks that are longer than, or unlike, those it is trained with"
     kinds = ("knowledge",)
     settings_class = MlacSettings
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "tiny": {
+            "steps": 100,
+            "learning_rate": 1e-3,
+            "schedule": "linear",
+            "warmup_steps": 5,
+            "gradient_clip": 1.0,
+            "batch_size": 64,
+            "train": "mlp",
+            "censoring": 10.0,
+            "inner_steps": 8,
+            "inner_rates": (1e-3,),
+            "inner_batch": 16,
+        }
+    }
 
     def terms(self, subject: Subject, data: DefenceData) -> list[Term]:
         """Return the retain loss and, at attacked weights, minus the bounded restricted loss."""
