@@ -74,6 +74,7 @@ SHORT: dict[str, dict[str, Any]] = {
         "sft": 1.0,
         "refit": 2,
         "retain_limit": 0.0,
+        "last_block": 1.0,
         "input_directions": 3,
         "gradient_directions": 3,
     },
@@ -92,6 +93,7 @@ def short(name: str, **settings: Any) -> Safeguard[Any]:
 
 # Settings of those that only edit.
 EDITED: dict[str, dict[str, Any]] = {
+    "steering": {"stage1": "none", "layer_stride": 1, "keep": 0.01},
     "rep_select": {"batch_size": 14, "rate": 1.0, "retain_kl": 0.1, "bisections": 2},
 }
 # What such an edit starts from, where it is not the undefended model.
