@@ -38,6 +38,7 @@ COMMON: dict[str, Any] = {
 SHORT: dict[str, dict[str, Any]] = {
     "tar": {
         "stage1": "none",
+        "anchor": 0.5,
         "loss": "entropy",
         "inner_steps": 4,
         "stride": 2,

@@ -32,7 +32,7 @@ from durometer.trials.suites import SUITES, make_suite
 
 def one_step(**settings: Any) -> tuple[Any, Any, Any]:
     """Return a run of TAR that has made its first update, with its gradients still in the bank."""
-    made = world.short("tar", steps=1, sft=0.0, representation=0.0, **settings)
+    made = world.short("tar", steps=1, sft=0.0, representation=0.0, anchor=0.0, **settings)
     run, subject, data = world.prepare(made)
     return run, subject, data
 
@@ -154,7 +154,9 @@ def test_inner_attacks_hold_out_a_fifth_of_the_entities() -> None:
 
 
 def test_81_passes_an_outer_step() -> None:
-    made = world.short("tar", steps=2, inner_steps=64, stride=4, inner_batch=1, batch_size=2)
+    made = world.short(
+        "tar", steps=2, inner_steps=64, stride=4, inner_batch=1, batch_size=2, anchor=0.0
+    )
     made = type(made)(made.settings.model_copy(update={"adversaries": ("restricted",)}))
     _, outcome = world.trained(made)
     assert outcome.ledger.passes == {"inner": 128, "attacked": 32, "weights": 2}
@@ -292,7 +294,7 @@ def test_dpo_starts_at_log_2_and_prefers_refusals() -> None:
 
 
 def test_between_refreshes_kept_attacks_are_replayed() -> None:
-    made = world.short("tar", steps=6, refresh=3, inner_weights="adapter")
+    made = world.short("tar", steps=6, refresh=3, inner_weights="adapter", anchor=0.0)
     _, outcome = world.trained(made)
     assert outcome.ledger.attacks == 2
     assert outcome.ledger.passes == {"inner": 8, "attacked": 4 + 4, "weights": 6}
