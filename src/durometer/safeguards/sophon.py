@@ -69,7 +69,22 @@ class Sophon(AgainstAttacks[SophonSettings]):
     cannot_show = "resistance to attacks that are longer than, or unlike, those it is trained with"
     kinds = ("knowledge",)
     settings_class = SophonSettings
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "tiny": {
+            "steps": 300,
+            "learning_rate": 1e-3,
+            "schedule": "linear",
+            "warmup_steps": 5,
+            "gradient_clip": 1.0,
+            "batch_size": 64,
+            "train": "blocks",
+            "sft": 1.0,
+            "suppression": 1.0,
+            "bound": "uniform",
+            "inner_rates": (1e-3,),
+            "inner_batch": 16,
+        }
+    }
 
     def terms(self, subject: Subject, data: DefenceData) -> list[Term]:
         """Return the retain loss and, at attacked weights, the bounded restricted loss."""
