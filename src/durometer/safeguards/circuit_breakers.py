@@ -85,12 +85,11 @@ class CircuitBreakers(Safeguard[CircuitBreakersSettings]):
     settings_class = CircuitBreakersSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "tiny": {
-            "steps": 100,
+            "steps": 80,
             "learning_rate": 2e-3,
             "train": "blocks",
             "last_block": 1.0,
-            "depths": (0.5, 0.75, 1.0),
-            "rerouting": 20.0,
+            "depths": (0.5, 1.0),
         }
     }
 

@@ -83,7 +83,7 @@ class Crl(Safeguard[CrlSettings]):
     cannot_show = "resistance to fine-tuning: jailbreak-tuning is its worst case in 2602.06911"
     settings_class = CrlSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "tiny": {"steps": 80, "learning_rate": 1e-3}
+        "tiny": {"steps": 80, "learning_rate": 1e-3, "harmful_margin": 1.0}
     }
 
     @property

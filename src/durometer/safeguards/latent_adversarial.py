@@ -98,14 +98,17 @@ class LatentAdversarial(Safeguard[LatentAdversarialSettings]):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "tiny": {
             "steps": 120,
-            "learning_rate": 1e-3,
+            "learning_rate": 1.5e-3,
             "schedule": "linear",
             "warmup_steps": 12,
             "rank": 16,
+            "harmless_share": 0.7,
+            "toward": 0.3,
             "away": 0.1,
+            "kl": 1.0,
             "unit": "median",
-            "radius": 0.1,
-            "pgd_steps": 8,
+            "radius": 0.05,
+            "pgd_steps": 4,
         }
     }
 

@@ -67,14 +67,13 @@ class RepNoise(Safeguard[RepNoiseSettings]):
     settings_class = RepNoiseSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "tiny": {
-            "steps": 120,
+            "steps": 150,
             "learning_rate": 1e-3,
             "schedule": "linear",
-            "warmup_steps": 12,
             "train": "adapter",
-            "batch_size": 16,
-            "noise": 0.1,
-            "ascent": 0.5,
+            "batch_size": 32,
+            "sft": 3.0,
+            "noise": 0.003,
         }
     }
 

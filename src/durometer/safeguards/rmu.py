@@ -74,15 +74,25 @@ class Rmu(Safeguard[RmuSettings]):
     settings_class = RmuSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "tiny": {
-            "steps": 120,
+            "steps": 200,
             "learning_rate": 2e-3,
-            "batch_size": 32,
+            "batch_size": 16,
             "first_block": 0.0,
             "last_block": 0.75,
             "depth": 0.75,
+            "steering": 150.0,
+            "retain": 1.5,
+        },
+        "light": {
+            "steps": 80,
+            "learning_rate": 1e-3,
+            "batch_size": 8,
+            "first_block": 5 / 30,
+            "last_block": 8 / 30,
+            "depth": 8 / 30,
             "steering": 100.0,
-            "retain": 1.0,
-        }
+            "retain": 30.0,
+        },
     }
 
     @property

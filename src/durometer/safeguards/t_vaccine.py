@@ -50,7 +50,7 @@ class TVaccine(Vaccine):
     cannot_show = "more than Vaccine does; what it saves is memory"
     settings_class = TVaccineSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "tiny": {**SMALL, "layers": 0.5, "reweigh": 60}
+        "tiny": {**SMALL, "layers": 0.75, "radius": 2.0}
     }
     settings: TVaccineSettings
 
