@@ -362,14 +362,18 @@ def test_an_evaluation_that_repeats_a_training_attack_is_refused() -> None:
 
 def test_stages_follow_the_kind_of_domain() -> None:
     made = make_safeguard("tar")
-    for kind, first, loss in (
-        ("knowledge", "random_mapping", "entropy"),
-        ("refusal", "refusal", "dpo"),
+    for kind, first, loss, reference in (
+        ("knowledge", "random_mapping", "entropy", "original"),
+        ("refusal", "refusal", "dpo", "stage_start"),
     ):
         names = [stage.name for stage in made.stages(tiny_world.tiny_domain(kind))]  # type: ignore[arg-type]
         assert names == [first, "tar"]
-        assert made.stages(tiny_world.tiny_domain(kind))[1].settings.loss == loss  # type: ignore[arg-type]
-    alone = make_safeguard("tar", stage1="none", loss="entropy")
+        second = made.stages(tiny_world.tiny_domain(kind))[1]  # type: ignore[arg-type]
+        assert (second.settings.loss, second.reference) == (loss, reference)
+        # Refusals are what is to be kept: the model before them is no reference for them.
+        flat = make_safeguard("tar", loss="entropy").stages(tiny_world.tiny_domain(kind))[1]  # type: ignore[arg-type]
+        assert flat.reference == reference
+    alone = make_safeguard("tar", stage1="none", loss="entropy", retain_reference="original")
     assert alone.stages(tiny_world.tiny_domain()) == [alone]
     assert Visit().place == "weights"
 

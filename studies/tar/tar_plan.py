@@ -126,6 +126,10 @@ def ablations(kind: str) -> dict[str, dict[str, Model]]:
             f"{factor:g} x": tar_model(kind, tamper_resistance=factor * weight)
             for factor in (0.25, 1, 4)
         },
+        "distance from the start": {
+            f"{value:g}": tar_model(kind, representation=value)
+            for value in (2.5, tiny_tar().representation, 6.5, 10.0)
+        },
         "stages": {
             "first alone": plain_model(kind),
             "second alone": tar_model(kind, stage1="none"),

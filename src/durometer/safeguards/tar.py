@@ -137,30 +137,33 @@ class TarSettings(InnerSettings):
     replaced: float = setting(
         0.3, "chance of a prompt token of an anchor row to be replaced", gt=0, le=1
     )
-    retain_reference: Literal["original", "stage_start"] = setting(
-        "original",
+    retain_reference: Literal["auto", "original", "stage_start"] = setting(
+        "auto",
         "reference: the subject before any safeguard, or at the start of this stage (always so "
-        "with DPO, which compares with it, too)",
+        "with DPO, which compares with it, too); auto: before any safeguard for knowledge, at the "
+        "start of this stage for refusals, which the subject does not give before",
     )
 
 
 # The blocks alone: flattening predictions would move every row of an embedding tied to the head,
-# those of entities that no retain row is about among them.
+# those of entities that no retain row is about among them. Long inner attacks on small batches
+# resist better than short ones on large batches at the same cost.
 SMALL: dict[str, Any] = {
     "steps": 120,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-3,
     "optimizer": "adamw",
     "schedule": "linear",
     "gradient_clip": 1.0,
     "train": "blocks",
+    "loss": "entropy",
     "tamper_resistance": 6.0,
     "weighting": "normalised",
-    "representation": 2.0,
+    "representation": 5.0,
     "warmup_steps": 5,
-    "batch_size": 32,
-    "inner_steps": 32,
+    "batch_size": 48,
+    "inner_steps": 64,
     "inner_rates": (3e-3, 1e-3, 3e-4),
-    "inner_batch": 16,
+    "inner_batch": 8,
     "adversaries": ("restricted", "switch", "mix"),
 }
 
@@ -249,7 +252,7 @@ class Tar(AgainstAttacks[TarSettings]):
             "weighting": "normalised",
         },
         "tiny": SMALL,
-        "ci": {**SMALL, "steps": 50, "inner_steps": 16},
+        "ci": {**SMALL, "steps": 50, "learning_rate": 2e-3, "inner_steps": 16, "batch_size": 32},
     }
 
     def __init__(self, settings: TarSettings) -> None:
@@ -261,16 +264,19 @@ class Tar(AgainstAttacks[TarSettings]):
         """The model that retain activations are kept near to; for DPO, the start of this stage."""
         if self.settings.loss == "dpo":
             return "stage_start"
-        near = self.settings.representation or self.settings.anchor
-        return self.settings.retain_reference if near else None
+        if not (self.settings.representation or self.settings.anchor):
+            return None
+        return "stage_start" if self.settings.retain_reference == "stage_start" else "original"
 
     def stages(self, domain: Domain) -> list[Safeguard[Any]]:
         """Return the plain safeguard that it starts from, and the training against attacks."""
         settings, knowledge = self.settings, domain.kind == "knowledge"
-        this: Safeguard[Any] = self
-        if settings.loss == "auto":
-            loss = "entropy" if knowledge else "dpo"
-            this = type(self)(settings.model_copy(update={"loss": loss}))
+        chosen = {
+            "loss": "entropy" if knowledge else "dpo",
+            "retain_reference": "original" if knowledge else "stage_start",
+        }
+        told = {name: value for name, value in chosen.items() if getattr(settings, name) == "auto"}
+        this = type(self)(settings.model_copy(update=told)) if told else self
         first = settings.stage1
         if first == "auto":
             first = "random_mapping" if knowledge else "refusal"
