@@ -76,7 +76,7 @@ class Ctrap(Safeguard[CtrapSettings]):
             "batch_size": 16,
             "weight_decay": 0.0,
             "rank": 16,
-            "collapse": 0.03,
+            "step_size": 0.3,
         }
     }
     separate = True

@@ -76,7 +76,7 @@ class Sophon(AgainstAttacks[SophonSettings]):
             "schedule": "linear",
             "warmup_steps": 5,
             "gradient_clip": 1.0,
-            "batch_size": 64,
+            "batch_size": 32,
             "train": "blocks",
             "sft": 1.0,
             "suppression": 1.0,
