@@ -63,7 +63,7 @@ class Ctrap(Safeguard[CtrapSettings]):
 
     summary = "refusal training with a collapse that waits along the harmful gradient"
     cost = "3 passes a step"
-    source = "arXiv 2505.16559; no code released: lambda and alpha are the project's"
+    source = "arXiv 2505.16559; lambda and alpha are durometer's own"
     cannot_show = "resistance to an attacker who mixes in harmless rows or stays near the original"
     kinds = ("refusal",)
     settings_class = CtrapSettings
