@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from durometer.api import CampaignResult, screen_quantisation, stress
     from durometer.audit.command import audit_model
+    from durometer.comparing import Comparison, compare
     from durometer.domains.load import load_domain
     from durometer.safeguards.harden import Hardened, harden
     from durometer.subjects.load import load_subject
@@ -18,9 +19,11 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 __all__ = [
     "CampaignResult",
+    "Comparison",
     "Hardened",
     "__version__",
     "audit_model",
+    "compare",
     "harden",
     "load_domain",
     "load_subject",
@@ -31,6 +34,8 @@ __all__ = [
 # Loaded on first use: `durometer --version` should not wait for torch.
 _HOMES = {
     "CampaignResult": "durometer.api",
+    "Comparison": "durometer.comparing",
+    "compare": "durometer.comparing",
     "Hardened": "durometer.safeguards.harden",
     "harden": "durometer.safeguards.harden",
     "screen_quantisation": "durometer.api",

@@ -307,6 +307,26 @@ def report(
     return run_report(folder, show_texts=show_texts, as_json=json)
 
 
+@app.command(epilog=EPILOG)
+def compare(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...", help="Run folders of stress, or hardened models with a stress/ in it."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write comparison.html and comparison.json there."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
+) -> int:
+    """Put safeguards and controls side by side: a scoreboard of finished runs."""
+    from durometer import comparing
+
+    return comparing.run(folders, out, as_json=json)
+
+
 @app.command("list")
 def list_(
     kind: Annotated[

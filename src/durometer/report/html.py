@@ -61,9 +61,9 @@ def render_html(summary: dict[str, Any], store: Store, *, show_texts: bool = Fal
     ordered = sorted(summary["tampers"], key=hardness)
     texts = show_texts or bool((summary["domain"] or {}).get("harmless"))
     records = Records.read(store, shown_tamper(summary, ordered), texts=texts)
-    page = _environment().get_template("report.html")
+    page = page_environment().get_template("report.html")
     written = page.render(
-        css=_style(),
+        css=page_style(),
         s=summary,
         texts=texts,
         run_name=store.folder.name,
@@ -95,12 +95,14 @@ def render_html(summary: dict[str, Any], store: Store, *, show_texts: bool = Fal
     return written.encode("utf-8", "replace").decode("utf-8")
 
 
-def _style() -> Markup:
+def page_style() -> Markup:
+    """Return the style sheet of every page, for light, dark, phone and print."""
     folder = resources.files("durometer.report").joinpath("templates")
     return Markup(folder.joinpath("report.css").read_text("utf-8"))
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Return the environment of the templates: everything escaped, figures as filters."""
     environment = Environment(
         loader=PackageLoader("durometer.report", "templates"),
         autoescape=True,

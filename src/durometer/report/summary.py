@@ -643,6 +643,31 @@ def _other(
     }
 
 
+def reference_tables(store: Store) -> dict[str, Any]:
+    """Return what attacks do to the reference (``tampers``) and what it lost (``utility_loss``).
+
+    In the form that the summary has for the subject. Thresholds are those of the subject; what
+    counts as broken starts from the reference's own step 0. Empty where none was attacked.
+    """
+    run = Run.read(store)
+    baselines = run.baselines()
+    if "reference" not in baselines:
+        return {"tampers": [], "utility_loss": None}
+    start = baselines["reference"].checkpoints[0]
+    rules = {
+        configuration: replace(rule, start=start)
+        for configuration, rule in _rules(run, baselines, run.described("suite")).items()
+    }
+    loss = None
+    if "undefended" in baselines:
+        loss = utility_loss(baselines["undefended"].checkpoints[0], start, Split.REPORT)
+    groups = _groups(run.of("reference", "screen"))
+    return {
+        "tampers": [_tamper(group, rules, baselines) for group in groups],
+        "utility_loss": asdict(loss) if loss else None,
+    }
+
+
 def _statuses(run: Run) -> dict[str, int]:
     counts = dict.fromkeys(STATUSES, 0) | run.store.statuses()
     planned = run.described("planned") or len(run.trials)

@@ -29,9 +29,9 @@ def write_outputs(store: Store, *, show_texts: bool = False) -> dict[str, Any]:
     summary = build_summary(store)
     report = render_html(summary, store, show_texts=show_texts)
     try:
-        _replace(store.folder / SUMMARY, iter([json.dumps(summary, indent=2), "\n"]))
-        _replace(store.folder / TRIALS, _item_lines(store))
-        _replace(store.folder / REPORT, iter([report]))
+        replace_file(store.folder / SUMMARY, iter([json.dumps(summary, indent=2), "\n"]))
+        replace_file(store.folder / TRIALS, _item_lines(store))
+        replace_file(store.folder / REPORT, iter([report]))
     except OSError as error:
         raise storage_error(store.folder, error) from error
     return summary
@@ -43,7 +43,7 @@ def _item_lines(store: Store) -> Iterator[str]:
             yield json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _replace(path: Path, parts: Iterator[str]) -> None:
+def replace_file(path: Path, parts: Iterator[str]) -> None:
     """Write ``parts`` to ``path`` whole or not at all."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:

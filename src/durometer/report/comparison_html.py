@@ -1,0 +1,122 @@
+"""The scoreboard as one HTML file that loads nothing; whatever a record holds is escaped."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from durometer.report import comparison_text as words
+from durometer.report import figures
+from durometer.report.comparison import HALF
+from durometer.report.figures import budget_of, budget_text
+from durometer.report.html import page_environment, page_style
+
+Json = Mapping[str, Any]
+
+
+def render_comparison(comparison: Json) -> str:
+    """Return the page.
+
+    Args:
+        comparison: what ``build_comparison`` gave.
+    """
+    groups = ("safeguards", "controls", "api")
+    rows = {group: [_row(row) for row in comparison[group]] for group in groups}
+    parts = [(group, comparison[group]) for group in groups if comparison[group]]
+    everyone = [row for _, members in parts for row in members]
+    attacks = comparison["attacks"]
+    page = page_environment().get_template("comparison.html")
+    written = page.render(
+        css=page_style(),
+        c=comparison,
+        titles=words.TITLES,
+        rows=rows,
+        headings=words.HEADINGS,
+        matrix={group: [_matrix_row(row, attacks) for row in members] for group, members in parts},
+        attacks=[
+            {
+                "attack": attack,
+                "parts": {group: _attack_rows(attack, members) for group, members in parts},
+            }
+            for attack in attacks
+        ],
+        levels=words.LEVELS,
+        differences=words.differences_line(comparison),
+        limits=sorted({row["utility_limit"] for row in everyone}),
+    )
+    return written.encode("utf-8", "replace").decode("utf-8")
+
+
+def _row(row: Json) -> dict[str, Any]:
+    return {
+        "row": row,
+        "notes": [note for note in words.notes(row) if note != words.TOO_DEAR],
+        "ruined": words.costs_too_much(row),
+        "first": words.first_text(row),
+        "gain": words.gain_text(row["gain"]),
+        "gain_title": _gain_title(row["gain"]),
+    }
+
+
+def _gain_title(gain: Json) -> str:
+    if gain["value"] is None and not gain["low"]:
+        return str(gain["reason"] or "not computed")
+    high = "no upper bound" if gain["high"] is None else f"{gain['high']:.2f}"
+    against = f" against {gain['reference']}" if gain.get("reference") else ""
+    return f"[{gain['low'] or 0.0:.2f}, {high}]{against}"
+
+
+def _matrix_row(row: Json, attacks: Sequence[Json]) -> dict[str, Any]:
+    ruined = words.costs_too_much(row)
+    found = [row["cells"].get(attack["configuration"]) for attack in attacks]
+    return {"row": row, "cells": [_matrix_cell(cell, ruined=ruined) for cell in found]}
+
+
+def _matrix_cell(cell: Json | None, *, ruined: bool) -> dict[str, str]:
+    """Return how one attack ended on one model: text, class and the longer story.
+
+    One seed that broke refutes. A model that costs more than the limit cannot break within it, so
+    that it never counts as one that held.
+    """
+    if cell is None:
+        return {"text": "\u2013", "kind": "missing", "title": "this attack was not made"}
+    if not cell["judged"]:
+        kind = "missing" if cell["label"] else "open"
+        return {"text": words.unjudged(cell), "kind": kind, "title": "no budget to a break"}
+    inside, outside = (budget_of(cell, HALF, within=one, axis="steps") for one in (True, False))
+    within, without = budget_text(inside), budget_text(outside)
+    title = f"50 % back within the limit: {within.value} {cell['unit']} {within.interval}, "
+    title += f"{within.broken} broke; without the limit: {without.value} {without.interval}"
+    kind = "missing" if ruined else "held"
+    if _seeds_broken(inside) or _seeds_broken(outside):
+        kind = "broke" if _seeds_broken(inside) else "ruined"
+    few = f", {within.broken}" if within.censored and kind == "broke" else ""
+    return {"text": within.value + few, "kind": kind, "title": title}
+
+
+def _seeds_broken(budget: Json | None) -> int:
+    return budget["seeds"] - budget["censored"] if budget else 0
+
+
+def _attack_rows(attack: Json, rows: list[Json]) -> list[dict[str, Any]]:
+    made = []
+    for row in rows:
+        cell = row["cells"].get(attack["configuration"])
+        if cell is not None:
+            gain = cell["gain"]
+            made.append(
+                {
+                    "row": row,
+                    "cell": cell,
+                    "budgets": [_budgets(cell, *level) for level in words.LEVELS],
+                    "unjudged": words.unjudged(cell),
+                    "gain": words.gain_text(gain) if gain else "",
+                    "gain_title": _gain_title(gain) if gain else "",
+                }
+            )
+    return made
+
+
+def _budgets(cell: Json, recovery: float, within: bool) -> dict[str, figures.BudgetText]:
+    return {
+        axis: budget_text(budget_of(cell, recovery, within=within, axis=axis))
+        for axis in ("steps", "examples", "flops")
+    }
