@@ -321,6 +321,33 @@ def test_a_kept_attack_is_the_attack(weights: Any) -> None:
     torch.testing.assert_close(again, attacked, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("weights", ["adapter", "slice"])
+def test_an_attack_that_freezes_weights_hides_no_gradient(weights: Any) -> None:
+    """The gradient at its point is that of all weights, moved there by hand on a copy."""
+    run, subject, _ = one_step(inner_weights=(weights,), inner_rates=(1e-3,), visits="last")
+    model = copy.deepcopy(subject.model).requires_grad_(True)
+    evaluate, kept = run._evaluate, {}
+
+    def spy(step: Any, place: str, weight: float) -> None:
+        evaluate(step, place, weight)
+        if place == "attacked":
+            kept["delta"] = whole_delta(step.attacks.delta(), torch.device("cpu"))
+            kept["rows"] = step.rows("held_out_restricted")
+            kept["gradients"] = step.by_name([g.clone() for g in step.bank.total()])
+
+    run._evaluate = spy
+    run.run()
+    with torch.no_grad():
+        for name, change in kept["delta"].items():
+            model.get_parameter(name).add_(change)
+    (-4.0 * plain_entropy(model, kept["rows"])).backward()
+    assert set(kept["gradients"]) == {name for name, _ in model.named_parameters()}
+    for name, gradient in kept["gradients"].items():
+        wanted = model.get_parameter(name).grad
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(gradient / scale, wanted / scale, rtol=0, atol=1e-3)
+
+
 # ---- what is refused ---------------------------------------------------------------------------
 
 

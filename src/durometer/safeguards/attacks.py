@@ -122,6 +122,8 @@ class _Slice(FineTuning[Any]):
         names = [name for name, _ in blocks(subject.model)]
         upper = tuple(f"{name}." for name in names[len(names) // 2 :])
         maps = [name for name in linear_maps(subject.model, "mlp") if name.startswith(upper)]
+        # In a model in training the others would gather gradients that nobody clears.
+        subject.model.requires_grad_(False)
         parameters = subject.restoration.writable(f"{name}.weight" for name in maps)
         for parameter in parameters:
             parameter.requires_grad_(True)

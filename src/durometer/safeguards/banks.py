@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -31,23 +30,35 @@ class GradientBank:
         self._sums.clear()
 
     @contextmanager
-    def collecting(self, name: str) -> Iterator[None]:
-        """Add to ``name`` the gradients of every backward pass inside."""
-        sums = self._sums.setdefault(name, [None] * len(self._parameters))
+    def watching(self) -> Iterator[None]:
+        """Have forwards inside lead back to the parameters, those that an attack froze included.
+
+        An attack that trains an adapter or a slice freezes the rest; a gradient taken at its point
+        would have nothing of them.
+        """
         flags = [parameter.requires_grad for parameter in self._parameters]
-        handles: list[Any] = []
-        for index, parameter in enumerate(self._parameters):
+        for parameter in self._parameters:
             parameter.requires_grad_(True)
-            handles.append(
-                parameter.register_post_accumulate_grad_hook(partial(_take, sums, index))
-            )
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
             for parameter, flag in zip(self._parameters, flags, strict=True):
                 parameter.requires_grad_(flag)
+
+    @contextmanager
+    def collecting(self, name: str) -> Iterator[None]:
+        """Add to ``name`` the gradients of every backward pass inside."""
+        sums = self._sums.setdefault(name, [None] * len(self._parameters))
+        with self.watching():
+            handles = [
+                parameter.register_post_accumulate_grad_hook(partial(_take, sums, index))
+                for index, parameter in enumerate(self._parameters)
+            ]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     def names(self) -> list[str]:
         """Return the names with a gradient."""

@@ -282,8 +282,9 @@ class TrainingRun:
             roles = tuple(dict.fromkeys(role for term in terms for role in term.reads))
             self.outcome.ledger.count(place, sum(len(row.ids) for row in rows))
             whole = any(term.whole for term in terms)
-            for one in passes(self.subject.forward, rows, roles, self._reference, whole=whole):
-                self._backward(step, one, terms, rows)
+            with self.bank.watching():
+                for one in passes(self.subject.forward, rows, roles, self._reference, whole=whole):
+                    self._backward(step, one, terms, rows)
 
     def _backward(
         self, step: Step, one: Pass, terms: Mapping[Term, float], rows: Sequence[Row]
