@@ -47,7 +47,19 @@ class RandomMapping(Safeguard[RandomMappingSettings]):
             "optimizer": "adamw",
             "warmup_steps": 10,
             "batch_size": 32,
-        }
+        },
+        # One vector for all: one a token takes hundreds of updates to be learnt at this size.
+        "light": {
+            "steps": 60,
+            "learning_rate": 3e-4,
+            "optimizer": "adamw",
+            "schedule": "linear",
+            "warmup_steps": 6,
+            "batch_size": 8,
+            "train": "blocks",
+            "mapping": 4.0,
+            "target": "shared",
+        },
     }
 
     def terms(self, subject: Subject, data: DefenceData) -> list[Term]:

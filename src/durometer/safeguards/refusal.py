@@ -62,7 +62,8 @@ class Refusal(Safeguard[RefusalSettings]):
     kinds = ("refusal",)
     settings_class = RefusalSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "tiny": {"steps": 120, "learning_rate": 3e-3}
+        "tiny": {"steps": 120, "learning_rate": 3e-3},
+        "light": {"batch_size": 8},
     }
 
 
