@@ -491,6 +491,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "changelog": changelog,
     "command-line": command_line,
     "domains": domains,
+    "hardened": studies.hardened,
     "measures": measures,
     "modules": modules,
     "not-tested": not_tested,

@@ -114,6 +114,14 @@ def tar(name: str) -> str:
     return section
 
 
+def hardened(kind: str) -> str:
+    """Return the tables of one kind of domain, see ``studies/hardened/hardened_pages.py``."""
+    path = STUDIES / "hardened" / "results" / "summary.json"
+    summary = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    section: str = _module("hardened", "hardened_pages").section(summary, kind)
+    return section
+
+
 def _module(study: str, name: str) -> ModuleType:
     """Return a module of a study, whose folder is no package."""
     spec = importlib.util.spec_from_file_location(name, STUDIES / study / f"{name}.py")
