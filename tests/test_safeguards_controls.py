@@ -1,5 +1,7 @@
 """Controls that must hold or must break, and a safeguard that acts while the model answers."""
 
+import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,7 +17,9 @@ from durometer.core.seeds import Seeds
 from durometer.domains.base import Kind, Role, Split
 from durometer.domains.world import build_world, facts
 from durometer.measures.base import measure_registry
+from durometer.safeguards import steering
 from durometer.safeguards.base import make_safeguard
+from durometer.safeguards.refusal import train_refusal
 from durometer.subjects import micro
 from durometer.subjects.base import Subject
 from durometer.subjects.builtin import micro_folder, micro_never_folder, subject_registry
@@ -201,3 +205,138 @@ def test_micro_never_is_made_once_and_knows_its_controls(
     assert never.parameters == plain.parameters
     assert (never.source.undefended, never.source.reference) == ("micro", "")
     assert subject_registry.get("micro-never").domain == "world:knowledge"
+
+
+# ---- steering: a mitigation while the model answers ---------------------------------------------
+
+
+def steered(subject: Subject | None = None, **settings: Any) -> tuple[Subject, dict[str, Any]]:
+    subject = subject or half_refusing()
+    made = make_safeguard("steering", "tiny", **settings)
+    world.edit(made, subject, "refusal")
+    subject.__dict__.pop("fingerprint", None)
+    return subject, made.facts()["steering"]
+
+
+def refusal_log_odds(subject: Subject, role: Role, split: Split = Split.REPORT) -> torch.Tensor:
+    """Return by plain torch how likely each prompt is to be refused at its first token."""
+    ids = subject.chat.tokenizer.convert_tokens_to_ids(["i"])
+    scores = []
+    for item in tiny_world.tiny_domain().select(role, split, training=False):
+        prompt = torch.tensor([subject.chat.prompt_ids(item.prompt)])
+        with torch.no_grad():
+            logits = subject.model(input_ids=prompt).logits[0, -1].double().log_softmax(-1)
+        share = logits[ids].exp().sum()
+        scores.append(torch.log(share / (1 - share)))
+    return torch.stack(scores)
+
+
+@cache
+def _half_refusing() -> Any:
+    subject = tiny_world.undefended()
+    settings = tiny_world.REFUSING.model_copy(update={"steps": 4, "warmup_steps": 0})
+    train_refusal(subject, tiny_world.tiny_domain(), settings, Seeds.derive(7))
+    return subject.model
+
+
+def half_refusing() -> Subject:
+    """Return a fresh subject whose refusal training was cut short."""
+    return tiny_world.as_subject(copy.deepcopy(_half_refusing()))
+
+
+@pytest.mark.parametrize("contrast", ["prompts", "responses"])
+def test_steering_makes_refusals_likelier_and_keeps_harmless_answers(contrast: str) -> None:
+    before = half_refusing()
+    subject, facts = steered(contrast=contrast)
+    odds = [refusal_log_odds(s, Role.RESTRICTED).mean() for s in (before, subject)]
+    assert odds[1] > odds[0] + 0.5
+    assert facts["refusal"] > facts["refusal_before"]
+    assert facts["kept"] >= 0.98
+    assert rate(subject, "retain", Role.RETAIN) >= rate(before, "retain", Role.RETAIN) - 0.1
+    assert facts["bias_setting"] == "mlp_bias"
+
+
+def test_the_bias_is_the_vector_and_all_others_are_zero() -> None:
+    start = dict(half_refusing().model.named_parameters())
+    subject, facts = steered()
+    new = {n: p for n, p in subject.model.named_parameters() if n not in start}
+    assert new
+    assert all(name.endswith(".bias") and ".mlp." in name for name in new)
+    place = f"model.layers.{facts['block']}.mlp.down_proj.bias"
+    assert float(new.pop(place).norm()) == pytest.approx(facts["norm"], rel=1e-5)
+    assert not any(p.any() for p in new.values())
+    for name, parameter in start.items():
+        assert torch.equal(parameter, subject.model.get_parameter(name))
+
+
+def test_the_vector_is_a_difference_of_means_of_the_defence_split() -> None:
+    plain, domain = half_refusing(), tiny_world.tiny_domain()
+    subject, facts = steered(prompts=1000)
+    dealt = steering._dealt  # the entities for choosing are left out of the means
+    data = world.DefenceData(plain, domain)
+    means = []
+    for items in (data.restricted_items(), data.harmless_items()):
+        states = []
+        for item in dealt(items, 1000)[0]:
+            assert item.split == Split.DEFENCE
+            ids = torch.tensor([plain.chat.prompt_ids(item.prompt)])
+            with torch.no_grad():
+                hidden = plain.model(input_ids=ids, output_hidden_states=True).hidden_states
+            states.append(hidden[facts["block"] + 1][0, -1].double())
+        means.append(torch.stack(states).mean(0))
+    wanted = facts["coefficient"] * (means[0] - means[1])
+    bias = subject.model.get_parameter(f"model.layers.{facts['block']}.mlp.down_proj.bias")
+    torch.testing.assert_close(bias.double(), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_the_folder_is_a_model_like_any_other_and_tampers_measure_it(tmp_path: Any) -> None:
+    subject, _ = steered()
+    subject.model.save_pretrained(tmp_path / "m")
+    subject.chat.tokenizer.save_pretrained(tmp_path / "m")
+    loaded = load_subject(str(tmp_path / "m"))
+    assert loaded.fingerprint == subject.fingerprint
+    assert loaded.model.config.mlp_bias is True
+    domain = tiny_world.tiny_domain()
+    for name in ("finetune", "lora", "ablate_direction", "rescale", "quantize_rtn"):
+        tamper = make_tamper(name)
+        with loaded.restored():
+            done = tamper.run(loaded, domain, Budget(1, (1,)), Seeds.derive(1), lambda c: True)
+        assert done.status in ("done", "no_effect"), (name, done.reason)
+
+
+def test_a_family_that_has_such_a_bias_needs_no_setting(make_model: MakeModel) -> None:
+    """And one that allows none is refused in one line, untouched."""
+    cases = (("Phi", ""), ("Qwen2", "models of type 'qwen2' have none there"))
+    for architecture, message in cases:
+        changes = {"vocab_size": len(tiny_world.VOCABULARY), "num_hidden_layers": 3}
+        subject = tiny_world.as_subject(make_model(architecture, **changes))
+        before = weights_fingerprint(subject.model)
+        number, writer = next(iter(steering._places(subject.model, SETTINGS).items()))
+        shift = torch.linspace(-1, 1, 32)
+        if message:
+            with pytest.raises(NotApplicableError, match=message):
+                steering._write(subject, number, writer, shift)
+            assert weights_fingerprint(subject.model) == before
+        else:
+            with torch.no_grad():
+                assert steering._write(subject, number, writer, shift) == ""
+            assert weights_fingerprint(subject.model) != before
+
+
+SETTINGS = make_safeguard("steering", "tiny").settings
+
+
+def test_experts_and_norms_behind_are_refused(make_model: MakeModel) -> None:
+    for architecture in ("Gemma2", "Mixtral"):
+        model = make_model(architecture, head_dim=8)
+        with pytest.raises(NotApplicableError, match="one map at the end of a block's MLP"):
+            steering._places(model, SETTINGS)
+
+
+def test_a_model_that_cannot_be_steered_is_told_so() -> None:
+    """One that never refuses has no way to it that keeps harmless answers."""
+    subject = tiny_world.undefended()
+    before = weights_fingerprint(subject.model)
+    with pytest.raises(NotApplicableError, match=r"none of \d+ ways to steer"):
+        steered(subject, coefficients="1000", keep=1.0)
+    assert weights_fingerprint(subject.model) == before

@@ -459,7 +459,8 @@ def change_norms(subject: Subject, base: Subject) -> dict[str, float]:
     """Return the Frobenius norm of the change of each weight that changed."""
     start = dict(base.model.named_parameters())
     norms = {
-        name: float((p.float() - start[name].float()).norm())
+        # A weight that the base has not (a bias that its family allows) began at zero.
+        name: float((p.float() - (start[name].float() if name in start else 0.0)).norm())
         for name, p in subject.model.named_parameters()
     }
     return {name: norm for name, norm in norms.items() if norm}
