@@ -1,6 +1,7 @@
 """Controls that must hold or must break, and a safeguard that acts while the model answers."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from conftest import MakeModel
 
 from durometer.core.budget import Budget
-from durometer.core.errors import NotApplicableError
+from durometer.core.errors import InputError, NotApplicableError
 from durometer.core.rebalance import Rebalancer
 from durometer.core.seeds import Seeds
 from durometer.domains.base import Kind, Role, Split
@@ -333,8 +334,15 @@ def test_experts_and_norms_behind_are_refused(make_model: MakeModel) -> None:
             steering._places(model, SETTINGS)
 
 
+def test_a_domain_without_refusals_is_refused() -> None:
+    domain = replace(tiny_world.tiny_domain(), refusals=())
+    data = world.DefenceData(half_refusing(), domain)
+    with pytest.raises(InputError, match="add items there and refusals"):
+        steering._Search(half_refusing(), data, SETTINGS)
+
+
 def test_a_model_that_cannot_be_steered_is_told_so() -> None:
-    """One that never refuses has no way to it that keeps harmless answers."""
+    """One that only ways too strong are tried on has none that keeps harmless answers."""
     subject = tiny_world.undefended()
     before = weights_fingerprint(subject.model)
     with pytest.raises(NotApplicableError, match=r"none of \d+ ways to steer"):

@@ -174,6 +174,8 @@ class _Search:
         self._subject, self._settings, self._domain = subject, settings, data.domain
         self._reader = PromptReader(subject, self.spent, 1)
         self._chain = [block for _, block in blocks(subject.model)]
+        for pool in ("refusals", "retain"):  # what is missing is told
+            data.pool(pool)
         restricted, harmless = data.restricted_items(), data.harmless_items()
         self._restricted = _dealt(restricted, settings.prompts)
         self._harmless = _dealt(harmless, settings.prompts)
@@ -211,7 +213,8 @@ class _Search:
         if vector is None:
             self._good = good
         kept = [
-            len(now & then) / max(len(then), 1) for now, then in zip(good, self._good, strict=True)
+            len(now & then) / len(then) if then else 1.0
+            for now, then in zip(good, self._good, strict=True)
         ]
         return Choice(number, coefficient, float(scores.mean()), min(kept))
 
