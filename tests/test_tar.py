@@ -321,6 +321,15 @@ def test_a_kept_attack_is_the_attack(weights: Any) -> None:
     torch.testing.assert_close(again, attacked, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "first"), [("knowledge", "random_mapping"), ("refusal", "refusal")]
+)
+def test_the_light_preset_starts_from_a_light_first_stage(kind: Any, first: str) -> None:
+    plain, made = make_safeguard("tar", "light").stages(tiny_world.tiny_domain(kind))
+    assert plain.settings == make_safeguard(first, "light").settings
+    assert made.settings.loss == {"knowledge": "entropy", "refusal": "dpo"}[kind]
+
+
 @pytest.mark.parametrize("weights", ["adapter", "slice"])
 def test_an_attack_that_freezes_weights_hides_no_gradient(weights: Any) -> None:
     """The gradient at its point is that of all weights, moved there by hand on a copy."""

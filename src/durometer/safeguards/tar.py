@@ -240,8 +240,18 @@ class Tar(AgainstAttacks[TarSettings]):
     settings_class = TarSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "faithful": {},
+        # Activations of such models are large: at a coefficient of 1 their distance has a gradient
+        # a hundred times that of the tamper-resistance loss.
         "light": {
-            "steps": 100,
+            "stage1_preset": "light",
+            "steps": 60,
+            "learning_rate": 1e-4,
+            "optimizer": "adamw",
+            "schedule": "linear",
+            "warmup_steps": 4,
+            "gradient_clip": 1.0,
+            "train": "blocks",
+            "representation": 0.02,
             "inner_steps": 16,
             "inner_weights": ("adapter",),
             "inner_rates": (3e-4, 1e-3),
