@@ -56,7 +56,7 @@ class SteeringSettings(Settings):
     )
     layer_stride: int = setting(3, "every how many blocks a vector is tried", ge=1)
     keep: float = setting(
-        0.98,
+        0.99,
         "least share of harmless prompts that must be answered as before, and not refused",
         gt=0,
         le=1,
