@@ -420,7 +420,7 @@ def test_the_edit_is_one_step_from_the_stored_weights(dtype: Any) -> None:
     subject = tiny_world.undefended()
     subject.model.to(dtype)
     start = copy.deepcopy(subject.model)
-    made: Any = world.short_edit("rep_select", retain_kl=0.2)
+    made: Any = world.short_edit("rep_select", retain_kl=0.2, bisections=6)
     bench = bench_of(subject)
     edit = made._filtered(made._gradients(bench))
     made.edit(bench)

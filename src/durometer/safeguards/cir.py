@@ -147,12 +147,11 @@ class Cir(Safeguard[CirSettings]):
         "tiny": {
             "steps": 80,
             "schedule": "linear",
-            "batch_size": 16,
             "train": "mlp_out",
             "last_block": 1.0,
             "sft": 0.3,
             "overlap": 0.6,
-            "first_read": 0.0,
+            "first_read": 0.75,
             "last_read": 1.0,
             "input_directions": 2,
             "gradient_directions": 2,

@@ -76,12 +76,12 @@ class Mudman(Safeguard[MudmanSettings]):
     separate = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "tiny": {
-            "learning_rate": 1.0,
+            "steps": 120,
             "schedule": "linear",
             "batch_size": 32,
             "train": "blocks",
-            "sft": 0.3,
-            "unlearning": 0.4,
+            "sft": 0.1,
+            "unlearning": 0.3,
             "relearning": 0.1,
             "fork_every": 8,
         },

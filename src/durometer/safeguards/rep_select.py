@@ -21,6 +21,7 @@ Pool = Literal["restricted", "retain"]
 Collapse = Literal["soft", "quadratic", "hard"]
 # A gradient of lower rank than asked for has no further directions.
 LEAST_SINGULAR_VALUE = 1e-6
+MOST_RAISED = 4.0
 
 
 class RepSelectSettings(Settings):
@@ -28,7 +29,7 @@ class RepSelectSettings(Settings):
 
     rate: float = setting(
         0.05,
-        "share of the filtered gradient that is taken off the weights, at first: it is doubled "
+        "share of the filtered gradient that is taken off the weights, at first: it is raised "
         "until retain_kl is passed, then bisected",
         search=Between(0.005, 0.5, log=True),
         gt=0,
@@ -43,7 +44,12 @@ class RepSelectSettings(Settings):
     measured_rows: int = setting(
         256, "retain rows on which the divergence is measured, drawn once", ge=1
     )
-    doublings: int = setting(16, "most doublings of the rate", ge=0)
+    raises: int = setting(
+        16,
+        "most raises of the rate: to where the limit lies if the divergence grows with the "
+        "square, at least to twice as much",
+        ge=0,
+    )
     bisections: int = setting(6, "bisections between the last two rates", ge=0)
     directions: float = setting(
         0.125,
@@ -104,7 +110,8 @@ class RepSelect(Safeguard[RepSelectSettings]):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "tiny": {
             "rate": 500.0,
-            "retain_kl": 0.05,
+            "retain_kl": 0.1,
+            "first_block": 0.5,
             "directions": 0.6,
             "collapse": "quadratic",
             "directions_of": "retain",
@@ -214,11 +221,12 @@ class RepSelect(Safeguard[RepSelectSettings]):
         """Return the largest rate tried within the limit (0: none), and its divergence."""
         settings = self.settings
         within, beyond, least = 0.0, settings.rate, 0.0
-        for _ in range(settings.doublings + 1):
+        for _ in range(settings.raises + 1):
             divergence = self._divergence(bench, edit, beyond)
             if divergence > settings.retain_kl:
                 break
-            within, least, beyond = beyond, divergence, 2 * beyond
+            within, least = beyond, divergence
+            beyond *= _raise(settings.retain_kl, divergence)
         else:
             return within, least
         for _ in range(settings.bisections):
@@ -246,6 +254,14 @@ class RepSelect(Safeguard[RepSelectSettings]):
         for name, delta in deltas.items():
             weight = bench.subject.model.get_parameter(name)
             weight.copy_(weight.float() + delta)
+
+
+def _raise(limit: float, divergence: float) -> float:
+    """Return by how much to raise a rate, as if the divergence grew with its square.
+
+    Where the model is sure of itself it grows far quicker once it does, so never by much.
+    """
+    return min(max((limit / max(divergence, 1e-12)) ** 0.5, 2.0), MOST_RAISED)
 
 
 def edited_weights(model: nn.Module, settings: RepSelectSettings) -> list[str]:
