@@ -1,5 +1,6 @@
 """RepSelect: one edit along the forget gradient, without its dominant directions."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -261,7 +262,7 @@ def _raise(limit: float, divergence: float) -> float:
 
     Where the model is sure of itself it grows far quicker once it does, so never by much.
     """
-    return min(max((limit / max(divergence, 1e-12)) ** 0.5, 2.0), MOST_RAISED)
+    return min(max(math.sqrt(limit / max(divergence, 1e-12)), 2.0), MOST_RAISED)
 
 
 def edited_weights(model: nn.Module, settings: RepSelectSettings) -> list[str]:
