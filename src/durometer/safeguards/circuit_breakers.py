@@ -85,11 +85,12 @@ class CircuitBreakers(Safeguard[CircuitBreakersSettings]):
     settings_class = CircuitBreakersSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "tiny": {
-            "steps": 80,
+            "steps": 100,
             "learning_rate": 2e-3,
             "train": "blocks",
             "last_block": 1.0,
             "depths": (0.5, 1.0),
+            "harmless_share": 0.75,
         }
     }
 
