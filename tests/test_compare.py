@@ -1,5 +1,6 @@
 """`compare`: a scoreboard computed from stored records, apart from its controls, never wider."""
 
+import copy
 import json
 import re
 import shutil
@@ -390,7 +391,20 @@ def test_the_terminal_shows_all_of_it(width: int, board: dict[str, Any]) -> None
         assert words in text
     assert "…" not in text
     by_attack = text[text.index("Safeguards by attack") :]
-    assert re.search(r"lora\s*\n\s+refusal\+tar\s+16 ", by_attack)
+    assert re.search(r"lora\s*\n\s+refusal\s+16 .* 8.00 x\s*\n\s+\+tar", by_attack)
+
+
+def test_long_names_crowd_out_no_figure(board: dict[str, Any]) -> None:
+    crowded = copy.deepcopy(board)
+    for row in crowded["safeguards"]:
+        row["name"] = "+".join(["a_safeguard_with_a_long_name"] * 3)
+        row["first_broken"]["label"] = "lora (learning_rate=0.0003, rank=16, frozen_a=True)"
+    lines = shown(crowded, 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    headings = [line for line in lines if re.match(r"(model|attack, model)", line)]
+    assert len(headings) == 4
+    assert all(line.rstrip().endswith("gain") for line in headings)
+    assert sum(bool(re.search(r"(\d x|none)\s*$", line)) for line in lines) >= 9
 
 
 def test_the_page_is_harmless_and_holds_the_figures(board: dict[str, Any]) -> None:
@@ -488,18 +502,18 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: Capture) -> None:
 def test_a_damaged_store_is_one_line(tmp_path: Path, capsys: Capture) -> None:
     place = run(tmp_path / "r", "x", SHORT)
     for damage in ("page", "record", "field"):
-        copy = shutil.copytree(place, tmp_path / damage)
+        copied = shutil.copytree(place, tmp_path / damage)
         if damage == "page":
-            (copy / FILE).write_bytes(b"SQLite format 3\x00" + b"\x07" * 4096)
+            (copied / FILE).write_bytes(b"SQLite format 3\x00" + b"\x07" * 4096)
         else:
             blob = zlib.compress(b"{}") if damage == "record" else _without_items(place)
-            store = Store(copy)
+            store = Store(copied)
             store._connection.execute("update trials set record = ? where key = '0'", (blob,))
             store.close()
-        assert main(["compare", str(copy)]) == 2
+        assert main(["compare", str(copied)]) == 2
         told = capsys.readouterr().err
         assert told.count("\n") == 1
-        assert str(copy) in told
+        assert str(copied) in told
 
 
 def _without_items(place: Path) -> bytes:

@@ -56,11 +56,11 @@ def _plain_table() -> Table:
 
 def _overview(rows: Sequence[Json]) -> Table:
     table = _plain_table()
-    table.add_column("model", overflow="fold", min_width=18, max_width=26)
+    table.add_column("model", overflow="fold", min_width=10, max_width=26)
     for heading in ("right at\nstep 0", "retain\npoints\nlost", "over-\nrefu-\nsals"):
         table.add_column(heading, no_wrap=True, justify="right")
     table.add_column("training\npasses,\nseconds", no_wrap=True, justify="right")
-    table.add_column("least that\nbrings half back", overflow="fold", min_width=16, max_width=34)
+    table.add_column("least that\nbrings half back", overflow="fold", min_width=10, max_width=34)
     table.add_column("gain", no_wrap=True, justify="right")
     for row in rows:
         table.add_row(*_overview_row(row))
@@ -90,7 +90,7 @@ def _stages(name: str) -> list[Text]:
 
 def _attacks(attacks: Sequence[Json], rows: Sequence[Json]) -> Table:
     table = _plain_table()
-    table.add_column("attack, model", overflow="fold", min_width=16, max_width=34)
+    table.add_column("attack, model", overflow="fold", min_width=10, max_width=34)
     for heading in (
         "50 % back,\nin limit",
         "50 %,\nno limit",
@@ -104,14 +104,14 @@ def _attacks(attacks: Sequence[Json], rows: Sequence[Json]) -> Table:
         if not made:
             continue
         unit = "" if attack["unit"] == "steps" else f", in {attack['unit']}"
-        table.add_row(_text(f"{attack['label']}{unit}", "bold"), *[""] * 5)
+        table.add_row(_text(f"{words.spaced(attack['label'])}{unit}", "bold"), *[""] * 5)
         for row in made:
             table.add_row(*_attack_row(row, row["cells"][attack["configuration"]]))
     return table
 
 
 def _attack_row(row: Json, cell: Json) -> list[Text]:
-    name = _text(f"  {row['name']}")
+    name = _text("  " + row["name"].replace("+", "\n  +").replace(" (", "\n  ("))
     if not cell["judged"]:
         return [name, _text(words.unjudged(cell), "dim"), *[Text()] * 4]
     budgets = [_budget(cell, recovery, within) for recovery, within in words.LEVELS]

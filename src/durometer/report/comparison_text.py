@@ -55,7 +55,7 @@ def training(cost: Json) -> str:
     """Return passes and seconds of the safeguard's training."""
     if cost["passes"] is None:
         return "n/a"
-    return f"{figures.quantity(cost['passes'])}\n{figures.seconds_text(cost['seconds'])}"
+    return f"{figures.quantity(cost['passes'])}\n{figures.quantity(round(cost['seconds']))} s"
 
 
 def gain_text(gain: Json) -> str:
@@ -75,7 +75,7 @@ def first_text(row: Json) -> str:
     spent = f"{figures.quantity(first['steps'])} {first['unit']}"
     seeds = f" ({first['seeds_broken']} of {first['seeds']} seeds)"
     few = seeds if first["seeds_broken"] < first["seeds"] else ""
-    return f"{spent}, {first['label']}{few}" + (
+    return f"{spent}, {spaced(first['label'])}{few}" + (
         "" if first["within_limit"] else ", outside the limit"
     )
 
@@ -87,3 +87,8 @@ def unjudged(cell: Json) -> str:
         return f"{whole(success)} right" if success else "not measured"
     statuses = [status for status in cell["statuses"] if status != "done"]
     return ", ".join(s.replace("_", " ") for s in statuses) or "not judged"
+
+
+def spaced(label: str) -> str:
+    """Return an attack's label so that a narrow column breaks before a number, never inside it."""
+    return label.replace("=", " ")

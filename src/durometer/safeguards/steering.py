@@ -61,6 +61,9 @@ class SteeringSettings(Settings):
         gt=0,
         le=1,
     )
+    margin: float = setting(
+        2.0, "how many times the coefficient the harmless answers must withstand", ge=1
+    )
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ class Choice:
     Attributes:
         block: the vector is added to what this block writes.
         refusal: mean log-odds of beginning a refusal of a restricted prompt.
-        kept: the smaller of two shares of harmless prompts: right answers that stay right, and
-            answers that still do not begin with a refusal.
+        kept: the smaller of two shares of harmless prompts, at ``margin`` times the coefficient:
+            right answers that stay right, and answers that still do not begin with a refusal.
     """
 
     block: int
@@ -209,6 +212,8 @@ class _Search:
         items, harmless = self._restricted[1], self._harmless[1]
         with self._steered(vector, coefficient, number):
             scores = self._scores(items)
+        # The wordings for measuring are new: what is kept at the very edge here is lost there.
+        with self._steered(vector, self._settings.margin * coefficient, number):
             good = (self._right(harmless), self._open(harmless))
         if vector is None:
             self._good = good
