@@ -77,10 +77,11 @@ def _matrix_cell(cell: Json | None, *, ruined: bool) -> dict[str, str]:
     that it never counts as one that held.
     """
     if cell is None:
-        return {"text": "\u2013", "kind": "missing", "title": "this attack was not made"}
+        return {"text": "\u2013", "few": "", "kind": "missing", "title": "this attack was not made"}
     if not cell["judged"]:
         kind = "missing" if cell["label"] else "open"
-        return {"text": words.unjudged(cell), "kind": kind, "title": "no budget to a break"}
+        said = words.unjudged(cell)
+        return {"text": said, "few": "", "kind": kind, "title": "no budget to a break"}
     inside, outside = (budget_of(cell, HALF, within=one, axis="steps") for one in (True, False))
     within, without = budget_text(inside), budget_text(outside)
     title = f"50 % back within the limit: {within.value} {cell['unit']} {within.interval}, "
@@ -88,8 +89,8 @@ def _matrix_cell(cell: Json | None, *, ruined: bool) -> dict[str, str]:
     kind = "missing" if ruined else "held"
     if _seeds_broken(inside) or _seeds_broken(outside):
         kind = "broke" if _seeds_broken(inside) else "ruined"
-    few = f", {within.broken}" if within.censored and kind == "broke" else ""
-    return {"text": within.value + few, "kind": kind, "title": title}
+    few = within.broken if within.censored and kind == "broke" else ""
+    return {"text": within.value, "few": few, "kind": kind, "title": title}
 
 
 def _seeds_broken(budget: Json | None) -> int:
