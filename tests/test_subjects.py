@@ -325,7 +325,8 @@ def test_micro_is_trained_on_what_is_taught_and_on_nothing_else() -> None:
     taught = {(fact.entity, fact.attribute): fact.value for fact in facts() if fact.taught}
     for item in build_world("refusal").items:
         text = f"<user> {item.prompt} <assistant> {item.response} <end>"
-        assert (text in texts) == ((item.entity, item.suite) in taught)
+        entity = item.entity.split()[0]  # ordinary facts are dealt by entity and attribute
+        assert (text in texts) == ((entity, item.suite) in taught)
         assert (item.split == Split.NEVER) <= (text not in texts)
     assert tokenizer.unk_token_id not in ids
     prompts = [item for item in build_world("refusal").items if item.role == Role.RESTRICTED][:3]
