@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -204,13 +205,22 @@ def _cluster_sums(values: FloatArray, entities: Sequence[str]) -> tuple[FloatArr
     return sums, membership.sum(axis=0)
 
 
-def _resampled(generator: np.random.Generator, resamples: int, size: int) -> FloatArray:
-    """Return bootstrap weights ``[resamples, size]``: how often each of ``size`` was drawn."""
+@lru_cache(maxsize=8)
+def _resampled(seed: int, resamples: int, *sizes: int) -> tuple[FloatArray, ...]:
+    """Return bootstrap weights ``[resamples, size]`` of each size: how often each was drawn.
+
+    They are kept, read-only: a table of results asks for the same ones for every cell.
+    """
     if resamples < 1:
         raise ValueError("a bootstrap needs at least one resample")
-    if size < 2:
+    if min(sizes) < 2:
         raise ValueError("a bootstrap needs at least two clusters and two seeds")
-    return generator.multinomial(size, np.full(size, 1 / size), resamples).astype(np.float64)
+    generator, weights = np.random.default_rng(seed), list[FloatArray]()
+    for size in sizes:
+        drawn = generator.multinomial(size, np.full(size, 1 / size), resamples)
+        weights.append(drawn.astype(np.float64))
+        weights[-1].flags.writeable = False
+    return tuple(weights)
 
 
 def _percentiles(draws: FloatArray, level: float) -> Interval:
@@ -387,9 +397,7 @@ def crossed_bootstrap(
         ValueError: on fewer than two seeds or entities, or values that are not finite.
     """
     sums, sizes = _cluster_sums(_finite(values, 2, "values"), entities)
-    generator = np.random.default_rng(seed)
-    seed_weights = _resampled(generator, resamples, sums.shape[0])
-    weights = _resampled(generator, resamples, len(sizes))
+    seed_weights, weights = _resampled(seed, resamples, sums.shape[0], len(sizes))
     totals = ((seed_weights @ sums) * weights).sum(axis=1) / sums.shape[0]
     return _percentiles(totals / (weights @ sizes), level)
 
@@ -518,7 +526,7 @@ def paired_bootstrap(
         ValueError: on fewer than two entities, or values that are not finite.
     """
     sums, sizes = _cluster_sums(_finite(differences, 1, "differences"), entities)
-    weights = _resampled(np.random.default_rng(seed), resamples, len(sizes))
+    (weights,) = _resampled(seed, resamples, len(sizes))
     return _percentiles((weights @ sums) / (weights @ sizes), level)
 
 
