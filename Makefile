@@ -35,9 +35,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## stress-test the built-in safeguarded model, in minutes
 	@$(BIN)/durometer demo
 
+# A file of tests stays in one process, which shares what is made for it.
 test: lint ## lint, then run the tests in random order (SEED=1234 repeats an order)
 	@seed=$${SEED:-$$(date +%s)}; echo "The tests run in the order of SEED=$$seed"; \
-	  $(BIN)/python -m pytest --randomly-seed=$$seed
+	  $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
+	    --randomly-seed=$$seed
 
 lint: $(READY) ## check style, types and the house rules
 	@$(BIN)/ruff check --quiet --output-format concise .

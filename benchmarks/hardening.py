@@ -29,8 +29,8 @@ from durometer.safeguards.base import Term, TrainingSettings, make_safeguard
 from durometer.safeguards.bench import Bench
 from durometer.safeguards.card import measured
 from durometer.safeguards.data import DefenceData
+from durometer.safeguards.inner import ATTACKED
 from durometer.safeguards.passes import Reference, passes
-from durometer.safeguards.tar import ATTACKED
 from durometer.safeguards.train import Outcome, Step, TrainingRun, edited, reduced
 from durometer.subjects.base import Subject
 

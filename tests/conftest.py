@@ -36,8 +36,11 @@ MakeModel = Callable[..., Any]
 @pytest.fixture(scope="session", autouse=True)
 def _session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.set_num_threads(1)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # what one process makes, the others need not make again
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DUROMETER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("DUROMETER_CACHE", str(folder / "durometer-cache"))
         yield
 
 

@@ -14,7 +14,7 @@ from durometer.core.edits import RestoreError
 from durometer.core.errors import InputError
 from durometer.core.rows import Row
 from durometer.domains.base import Role, Split
-from durometer.safeguards.anchors import anchors, replaceable
+from durometer.safeguards.anchors import partners, recombined
 from durometer.safeguards.attacks import (
     AttackRunner,
     InnerAttack,
@@ -24,8 +24,8 @@ from durometer.safeguards.attacks import (
 )
 from durometer.safeguards.banks import perturbed
 from durometer.safeguards.base import Visit, make_safeguard
+from durometer.safeguards.inner import drawn, possible, visit_weights
 from durometer.safeguards.passes import Reference, passes
-from durometer.safeguards.tar import drawn, possible, visit_weights
 from durometer.subjects.fingerprint import weights_fingerprint
 from durometer.trials.suites import SUITES, make_suite
 
@@ -417,40 +417,35 @@ def test_stages_follow_the_kind_of_domain() -> None:
 # ---- anchor rows -------------------------------------------------------------------------------
 
 
-def test_anchor_rows_hold_no_token_that_only_restricted_rows_have() -> None:
-    _, subject, data = one_step()
-    kept, avoided = (
-        [row for unit in data.pool(name) for row in unit] for name in ("retain", "restricted")
-    )
-    tokenizer = subject.chat.tokenizer
-    size = len(tokenizer)
-    tokens = replaceable(tokenizer, size, kept, avoided)
-    only = {t for row in avoided for t in row.ids} - {t for row in kept for t in row.ids}
-    assert only
-    assert not only & set(tokens)
-    assert not set(tokenizer.all_special_ids) & set(tokens)
-    assert len(tokens) == size - len(only | set(tokenizer.all_special_ids))
-
-
-def test_anchor_rows_keep_layout_labels_and_the_declared_share() -> None:
-    _, subject, data = one_step()
-    units = data.pool("retain")
-    specials = set(subject.chat.tokenizer.all_special_ids)
-    tokens = [t for t in range(len(subject.chat.tokenizer)) if t not in specials]
-    made = anchors(units * 20, tokens, 0.4, torch.Generator().manual_seed(1))
-    changed = places = 0
-    for (old,), (new,) in zip(units * 20, made, strict=True):
-        assert new.labels == old.labels
-        assert (new.first_label, new.item_id) == (old.first_label, old.item_id)
-        for before, after in zip(old.ids[: old.first_label], new.ids, strict=False):
-            if before in specials:
+def test_rows_are_recombined_place_by_place_with_rows_of_their_length() -> None:
+    _, _, data = one_step()
+    rows = [row for unit in data.pool("retain") for row in unit]
+    units = [(row,) for row in rows] * 20
+    made = recombined(units, partners(rows), 0.4, torch.Generator().manual_seed(1))
+    changed, expected = 0, 0.0
+    for (old,), (new,) in zip(units, made, strict=True):
+        assert (new.labels, new.item_id) == (old.labels, old.item_id)
+        same = [row for row in rows if row.first_label == old.first_label]
+        for place, (before, after) in enumerate(zip(old.ids, new.ids, strict=True)):
+            if place >= old.first_label:
                 assert before == after
-            else:
-                places += 1
-                changed += before != after
-    assert changed / places == pytest.approx(0.4, abs=0.03)
-    again = anchors(units * 20, tokens, 0.4, torch.Generator().manual_seed(1))
-    assert again == made
+                continue
+            column = [row.ids[place] for row in same]
+            assert after in column
+            changed += before != after
+            expected += 0.4 * (1 - column.count(before) / len(column))
+    assert expected > 100
+    assert changed == pytest.approx(expected, rel=0.1)
+    assert recombined(units, partners(rows), 0.4, torch.Generator().manual_seed(1)) == made
+    assert recombined(units, partners(rows), 0.4, torch.Generator().manual_seed(2)) != made
+
+
+def test_a_row_without_another_of_its_length_stays_as_it_is() -> None:
+    _, _, data = one_step()
+    (row,) = data.pool("retain")[0]
+    alone = partners([row])
+    assert recombined([(row,)], alone, 1.0, torch.Generator()) == [(row,)]
+    assert recombined([(row,)], {}, 1.0, torch.Generator()) == [(row,)]
 
 
 def test_anchors_are_another_draw_at_every_step_and_keep_near_the_reference() -> None:

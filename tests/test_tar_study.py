@@ -309,7 +309,8 @@ def test_the_longer_of_two_trials_counts(study: SimpleNamespace, planned: Simple
 @pytest.mark.parametrize("cap", [128, 512, 1024])
 def test_no_adversary_is_one_that_tar_was_trained_against(study: SimpleNamespace, cap: int) -> None:
     from durometer.core.errors import InputError
-    from durometer.safeguards.tar import TarSettings, possible
+    from durometer.safeguards.inner import possible
+    from durometer.safeguards.tar import TarSettings
 
     trained_against = [
         attack.digest

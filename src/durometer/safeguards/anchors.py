@@ -1,55 +1,41 @@
-"""Anchor rows: ordinary rows with random tokens in place, to keep what no row at hand is about."""
+"""Anchor rows: ordinary rows recombined, to keep what is like them and no row at hand is about."""
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from durometer.core.rows import Row
 from durometer.safeguards.data import Unit
 
-
-def replaceable(
-    tokenizer: Any, size: int, kept: Iterable[Row], avoided: Iterable[Row]
-) -> list[int]:
-    """Return the tokens that may stand in anchor rows.
-
-    These are all but special ones and those that ``avoided`` (restricted) rows have and ``kept``
-    rows do not: an anchor on them would hold on to what is to go.
-
-    Args:
-        size: of the vocabulary.
-    """
-    known = {token for row in kept for token in row.ids}
-    out = {token for row in avoided for token in row.ids} - known
-    out |= set(tokenizer.all_special_ids)
-    return [token for token in range(size) if token not in out]
+Partners = Mapping[int, Sequence[Row]]
 
 
-def anchors(
-    units: Sequence[Unit], tokens: Sequence[int], share: float, generator: torch.Generator
+def partners(rows: Iterable[Row]) -> Partners:
+    """Return the rows by the length of their prompt: those of one length can be recombined."""
+    found = defaultdict[int, list[Row]](list)
+    for row in rows:
+        found[row.first_label].append(row)
+    return dict(found)
+
+
+def recombined(
+    units: Sequence[Unit], others: Partners, share: float, generator: torch.Generator
 ) -> list[Unit]:
-    """Return the rows with each prompt token replaced by a random one with chance ``share``.
+    """Return rows whose prompt tokens are, each with chance ``share``, those of another row.
 
-    Special tokens are left where they are, so that the layout of the chat is kept.
-
-    Args:
-        tokens: what may be replaced and may take a place.
+    The other one is drawn among the rows with a prompt of the same length, and its tokens keep
+    their places: question words meet the names of other questions. Labels stay as they are.
     """
-    known = set(tokens)
-    return [
-        tuple(_replaced(row, tokens, known, share, generator) for row in unit) for unit in units
-    ]
+    return [tuple(_recombined(row, others, share, generator) for row in unit) for unit in units]
 
 
-def _replaced(
-    row: Row, tokens: Sequence[int], known: set[int], share: float, generator: torch.Generator
-) -> Row:
-    ids = list(row.ids)
+def _recombined(row: Row, others: Partners, share: float, generator: torch.Generator) -> Row:
+    same = others.get(row.first_label, (row,))
+    other = same[int(torch.randint(len(same), (), generator=generator))]
     hits = torch.rand(row.first_label, generator=generator) < share
-    new = torch.randint(len(tokens), (row.first_label,), generator=generator).tolist()
+    ids = list(row.ids)
     for place in hits.nonzero()[:, 0].tolist():
-        if ids[place] in known:
-            ids[place] = tokens[new[place]]
+        ids[place] = other.ids[place]
     return replace(row, ids=tuple(ids))

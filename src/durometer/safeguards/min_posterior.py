@@ -2,13 +2,11 @@
 
 from typing import ClassVar
 
-import torch
-
 from durometer.core.settings import setting
 from durometer.safeguards.base import Safeguard, Term, safeguard, supervised
 from durometer.safeguards.data import DefenceData
+from durometer.safeguards.likelihoods import improbability
 from durometer.safeguards.max_entropy import MaxEntropy, MaxEntropySettings
-from durometer.safeguards.passes import Pass
 from durometer.subjects.base import Subject
 
 
@@ -36,14 +34,13 @@ class MinPosterior(Safeguard[MinPosteriorSettings]):
         """Return the cross-entropy on retain rows and the posterior of restricted ones."""
         settings = self.settings
 
-        def posterior(one: Pass) -> torch.Tensor:
-            likelihood = one.log_likelihood()
-            # log(1 - p) by way of expm1: 1 - p rounds to 0 where the answer is sure.
-            rest = torch.log(-torch.expm1(likelihood.clamp(max=-1e-6)))
-            return -rest * (likelihood > settings.floor)
-
         return [
             supervised(settings),
-            Term("posterior", settings.posterior, "restricted", posterior),
+            Term(
+                "posterior",
+                settings.posterior,
+                "restricted",
+                lambda p: improbability(p, settings.floor),
+            ),
             Term("entropy", settings.entropy, "restricted", lambda p: -p.entropy()),
         ]

@@ -2,21 +2,20 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
 from durometer.core.settings import Levels, setting
-from durometer.safeguards.attacks import Adversary
 from durometer.safeguards.base import Term, Visit, safeguard, supervised
 from durometer.safeguards.data import DefenceData
+from durometer.safeguards.inner import ATTACKED, AgainstAttacks, OneLossSettings
 from durometer.safeguards.passes import Pass
-from durometer.safeguards.tar import ATTACKED, AgainstAttacks, InnerSettings
 from durometer.safeguards.train import Step
 from durometer.subjects.base import Subject
 
 
-class MlacSettings(InnerSettings):
+class MlacSettings(OneLossSettings):
     """Settings of ``mlac``."""
 
     steps: int = setting(500, "outer updates", ge=1)
@@ -26,19 +25,6 @@ class MlacSettings(InnerSettings):
         "coefficient of the bounded loss of restricted rows under attack (lambda)",
         search=Levels((0.5, 1.0, 2.0, 4.0)),
         ge=0,
-    )
-    rows: Literal["restricted", "held_out_restricted"] = setting(
-        "restricted", "restricted rows of the outer loss: all, or those no inner attack trains on"
-    )
-    inner_steps: int = setting(16, "updates of an inner attack (K)", ge=1)
-    weighting: Literal["exponential", "flat", "normalised"] = setting(
-        "normalised",
-        "weights of the visits: exp(4 (k - K) / K), 1 / K each, or exponential ones that sum to 1",
-    )
-    adversaries: tuple[Adversary, ...] = setting(
-        ("restricted",),
-        "inner attacks, drawn with equal chances: on restricted rows, retain then restricted ones, "
-        "both mixed, retain alone; with + between",
     )
 
 

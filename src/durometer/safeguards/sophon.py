@@ -7,19 +7,16 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from durometer.core.settings import Levels, setting
-from durometer.safeguards.attacks import Adversary
 from durometer.safeguards.base import Term, Visit, safeguard, supervised
 from durometer.safeguards.data import DefenceData
+from durometer.safeguards.inner import ATTACKED, AgainstAttacks, OneLossSettings
+from durometer.safeguards.likelihoods import improbability
 from durometer.safeguards.passes import Pass
-from durometer.safeguards.tar import ATTACKED, AgainstAttacks, InnerSettings
 from durometer.safeguards.train import Step
 from durometer.subjects.base import Subject
 
-# Log-probabilities above this count as this: an answer that is sure keeps a finite loss.
-SUREST = -1e-6
 
-
-class SophonSettings(InnerSettings):
+class SophonSettings(OneLossSettings):
     """Settings of ``sophon``; coefficients and turns are those of a published port to GPT-2."""
 
     steps: int = setting(600, "updates, both kinds together", ge=1)
@@ -37,21 +34,8 @@ class SophonSettings(InnerSettings):
         "from uniform ones",
     )
     normal_steps: int = setting(5, "updates on retain rows after each one against attacks", ge=1)
-    rows: Literal["restricted", "held_out_restricted"] = setting(
-        "restricted", "restricted rows of the outer loss: all, or those no inner attack trains on"
-    )
-    inner_steps: int = setting(16, "updates of an inner attack (K)", ge=1)
     visits: Literal["trajectory", "last"] = setting(
         "last", "take gradients all along an inner attack, or at its end alone"
-    )
-    weighting: Literal["exponential", "flat", "normalised"] = setting(
-        "normalised",
-        "weights of the visits: exp(4 (k - K) / K), 1 / K each, or exponential ones that sum to 1",
-    )
-    adversaries: tuple[Adversary, ...] = setting(
-        ("restricted",),
-        "inner attacks, drawn with equal chances: on restricted rows, retain then restricted ones, "
-        "both mixed, retain alone; with + between",
     )
 
 
@@ -115,8 +99,7 @@ class Sophon(AgainstAttacks[SophonSettings]):
 
 def inverse_cross_entropy(one: Pass) -> torch.Tensor:
     """Return -log(1 - p) of each label, nats, shape [labels]; 0 where it is impossible."""
-    # 1 - p by way of expm1: as a difference it rounds to 0 where the answer is sure.
-    return -torch.log(-torch.expm1(one.log_likelihood().clamp(max=SUREST)))
+    return improbability(one, -math.inf)
 
 
 def from_uniform(one: Pass) -> torch.Tensor:

@@ -1,0 +1,205 @@
+"""What safeguards share that train against inner attacks: settings, attacked points and replays."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import field_validator
+
+from durometer.core.errors import InputError
+from durometer.core.optimizers import OptimizerName
+from durometer.core.settings import setting
+from durometer.safeguards.attacks import (
+    Adversary,
+    Delta,
+    InnerAttack,
+    InnerWeights,
+    whole_delta,
+)
+from durometer.safeguards.banks import perturbed
+from durometer.safeguards.base import Safeguard, TrainingSettings, Visit
+from durometer.safeguards.train import Step
+from durometer.subjects.base import Subject
+
+ATTACKED = "attacked"
+A = TypeVar("A", bound="InnerSettings")
+
+
+class InnerSettings(TrainingSettings):
+    """Settings of training against inner attacks."""
+
+    inner_steps: int = setting(64, "updates of an inner attack (K)", ge=1)
+    stride: int = setting(4, "inner updates between two tamper-resistance gradients", ge=1)
+    tampers: int = setting(1, "inner attacks an outer update", ge=1)
+    visits: Literal["trajectory", "last"] = setting(
+        "trajectory",
+        "take gradients all along an inner attack (released code), or at its end alone "
+        "(the paper's Algorithm 1, with independent attacks)",
+    )
+    weighting: Literal["exponential", "flat", "normalised"] = setting(
+        "exponential",
+        "weights of the visits: exp(4 (k - K) / K) as the released scripts have it, 1 / K each as "
+        "the paper, or exponential ones that sum to 1",
+    )
+    adversaries: tuple[Adversary, ...] = setting(
+        ("restricted", "switch"),
+        "inner attacks, drawn with equal chances (name one twice to draw it twice as often): on "
+        "restricted rows, retain then restricted ones, both mixed, retain alone; with + between",
+    )
+    inner_rates: tuple[float, ...] = setting(
+        (2e-6, 2e-5, 4e-5),
+        "learning rates of inner attacks, drawn with equal chances",
+        min_length=1,
+    )
+    inner_optimizers: tuple[OptimizerName, ...] = setting(
+        ("adamw",), "optimisers of inner attacks, drawn with equal chances", min_length=1
+    )
+    inner_weights: tuple[InnerWeights, ...] = setting(
+        ("all",),
+        "what inner attacks train, drawn with equal chances: all weights, an adapter, or a slice "
+        "of the MLP matrices",
+        min_length=1,
+    )
+    inner_rank: int = setting(16, "rank of an inner attack's adapter", ge=1)
+    inner_batch: int = setting(32, "rows of an inner batch", ge=1)
+    refresh: int = setting(
+        1, "outer updates between two inner attacks; in between, kept ones are replayed", ge=1
+    )
+    kept: int = setting(4, "attacked points that are kept for replay", ge=1)
+
+    @field_validator(
+        "adversaries", "inner_rates", "inner_optimizers", "inner_weights", mode="before"
+    )
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Accept ``a+b`` as the command line has it."""
+        return tuple(value.split("+")) if isinstance(value, str) else value
+
+
+class OneLossSettings(InnerSettings):
+    """Settings of safeguards whose restricted loss is taken under attack alone."""
+
+    rows: Literal["restricted", "held_out_restricted"] = setting(
+        "restricted", "restricted rows of the outer loss: all, or those no inner attack trains on"
+    )
+    inner_steps: int = setting(16, "updates of an inner attack (K)", ge=1)
+    weighting: Literal["exponential", "flat", "normalised"] = setting(
+        "normalised",
+        "weights of the visits: exp(4 (k - K) / K), 1 / K each, or exponential ones that sum to 1",
+    )
+    adversaries: tuple[Adversary, ...] = setting(
+        ("restricted",),
+        "inner attacks, drawn with equal chances: on restricted rows, retain then restricted ones, "
+        "both mixed, retain alone; with + between",
+    )
+
+
+class AgainstAttacks(Safeguard[A]):
+    """Base of safeguards with terms that are evaluated at ``ATTACKED`` weights."""
+
+    def __init__(self, settings: A) -> None:
+        super().__init__(settings)
+        self._replay: list[Delta] = []
+
+    def require_fine(self, subject: Subject) -> None:
+        """Check that attacks can be replayed on the subject's weights, where that is wanted.
+
+        Raises:
+            InputError: the weights are too coarse for it.
+        """
+        if self.settings.refresh > 1 and subject.dtype != "float32":
+            raise InputError(
+                f"safeguard '{self.name}': replayed attacks need more than {subject.dtype} "
+                "resolves; use --dtype float32, or refresh=1"
+            )
+
+    def attacked(self, step: Step) -> Iterator[Visit]:
+        """Yield points along new inner attacks, or a kept one in between."""
+        if step.number % self.settings.refresh == 0:
+            self._replay.clear()
+            for number in range(self.settings.tampers):
+                yield from self._attack(step, number)
+        else:
+            yield from self._replayed(step)
+
+    def _attack(self, step: Step, number: int) -> Iterator[Visit]:
+        settings = self.settings
+        attack = drawn(settings, step.random(f"attack {number}"))
+        weights = visit_weights(settings)
+        for update in step.attacks.run(attack, step.seed(f"attack seed {number}")):
+            weight = weights.get(update.step)
+            if weight is None:
+                continue
+            if settings.refresh > 1:
+                self._replay = [*self._replay, step.attacks.delta()][-settings.kept :]
+            yield Visit(ATTACKED, weight / settings.tampers)
+
+    def _replayed(self, step: Step) -> Iterator[Visit]:
+        """Yield one kept point of the last inner attack, moved along with the weights."""
+        generator = step.random("replay")
+        delta = self._replay[int(torch.randint(len(self._replay), (), generator=generator))]
+        device = step.subject.forward.device
+        with perturbed(step.subject, whole_delta(delta, device), host=device.type != "cpu"):
+            yield Visit(ATTACKED, sum(visit_weights(self.settings).values()))
+
+    def can_resume(self, step: int) -> bool:
+        """Between two inner attacks a resumed run would lack the kept points."""
+        return step % self.settings.refresh == 0
+
+    def facts(self) -> dict[str, Any]:
+        """Return the configurations that it was trained against."""
+        return {"trained_against": [attack.digest for attack in possible(self.settings)]}
+
+
+def visit_weights(settings: InnerSettings) -> dict[int, float]:
+    """Return the weight of the visit after each inner update that has one, counted from 1."""
+    total = settings.inner_steps
+    if settings.visits == "last":
+        return {total: 1.0}
+    steps = [k for k in range(1, total + 1) if k % min(settings.stride, total) == 0]
+    if settings.weighting == "flat":
+        return dict.fromkeys(steps, 1 / total)
+    weights = {k: math.exp(4 / total * (k - total)) for k in steps}
+    if settings.weighting == "normalised":
+        return {k: weight / sum(weights.values()) for k, weight in weights.items()}
+    return weights
+
+
+def drawn(settings: InnerSettings, generator: torch.Generator) -> InnerAttack:
+    """Draw one inner attack; the switch comes after Beta(6, 3) of its updates."""
+
+    def one(values: tuple[Any, ...]) -> Any:
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    # Beta(6, 3) is the sixth smallest of eight uniform numbers.
+    switch = float(torch.rand(8, generator=generator).sort().values[5])
+    return InnerAttack(
+        one(settings.adversaries),
+        one(settings.inner_weights),
+        one(settings.inner_optimizers),
+        one(settings.inner_rates),
+        settings.inner_batch,
+        settings.inner_steps,
+        min(max(switch, 1e-3), 1 - 1e-3),
+        settings.inner_rank,
+    )
+
+
+def possible(settings: InnerSettings) -> list[InnerAttack]:
+    """Return every inner attack that may be drawn, the switch at its mean."""
+    return [
+        InnerAttack(
+            adversary,
+            weights,
+            optimizer,
+            rate,
+            settings.inner_batch,
+            settings.inner_steps,
+            rank=settings.inner_rank,
+        )
+        for adversary in dict.fromkeys(settings.adversaries)
+        for weights in dict.fromkeys(settings.inner_weights)
+        for optimizer in dict.fromkeys(settings.inner_optimizers)
+        for rate in dict.fromkeys(settings.inner_rates)
+    ]
