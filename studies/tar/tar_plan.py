@@ -27,6 +27,9 @@ CONTROLS = ("noop", "plain_sft", "norm_noise", "inflate")
 NEVER = "micro-never"
 # Specs that say more than a name; {tar} is the folder of TAR for the same kind.
 SPECIAL = {"norm_noise": "norm_noise:like={tar}"}
+# TAR with the terms of its paper alone, at the distance that suits them.
+PAPER = "tar (paper's terms)"
+PAPER_SETTINGS = {"anchor": 0.0, "representation": 5.0}
 SEED = 7
 UNDEFENDED_SEEDS = (1, 2)
 
@@ -91,6 +94,11 @@ def tar_model(kind: str, seed: int = SEED, **settings: Any) -> Model:
     return Model("tar", kind, f"tar:{spec}" if spec else "tar", seed=seed)
 
 
+def paper_model(kind: str, seed: int = SEED) -> Model:
+    """Return TAR without terms that are not in its paper."""
+    return replace(tar_model(kind, seed, **PAPER_SETTINGS), label=PAPER)
+
+
 def plain_model(kind: str, seed: int = SEED) -> Model:
     """Return the safeguard that TAR starts from."""
     return Model(PLAIN[kind], kind, PLAIN[kind], seed=seed)
@@ -105,6 +113,7 @@ def all_models(kinds: Iterable[str]) -> list[Model]:
         for name, entry in safeguard_registry
         if entry.access == "weights" and kind in entry.kinds
     ]
+    models += [paper_model(kind) for kind in KINDS if kind in kinds]
     if NEVER in subject_registry.names():
         models += [Model(NEVER, kind, builtin=NEVER) for kind in KINDS if kind in kinds]
     return models
@@ -127,9 +136,10 @@ def ablations(kind: str) -> dict[str, dict[str, Model]]:
             for factor in (0.25, 1, 4)
         },
         "distance from the start": {
-            f"{value:g}": tar_model(kind, representation=value)
-            for value in (2.5, tiny_tar().representation, 6.5, 10.0)
+            f"{value:g}": tar_model(kind, representation=value, anchor=value)
+            for value in (1.0, tiny_tar().representation, 4.0)
         },
+        "recombined rows": {"without": paper_model(kind), "with": tar_model(kind)},
         "stages": {
             "first alone": plain_model(kind),
             "second alone": tar_model(kind, stage1="none"),

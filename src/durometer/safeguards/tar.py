@@ -84,7 +84,8 @@ class TarSettings(InnerSettings):
 
 # The blocks alone: flattening predictions would move every row of an embedding tied to the head,
 # those of entities that no retain row is about among them. Long inner attacks on small batches
-# resist better than short ones on large batches at the same cost.
+# resist better than short ones on large batches at the same cost. Recombined rows let both terms of
+# distance be small, so that what is retained and resistance need not be traded for one another.
 SMALL: dict[str, Any] = {
     "steps": 120,
     "learning_rate": 3e-3,
@@ -95,7 +96,8 @@ SMALL: dict[str, Any] = {
     "loss": "entropy",
     "tamper_resistance": 6.0,
     "weighting": "normalised",
-    "representation": 5.0,
+    "representation": 2.0,
+    "anchor": 2.0,
     "warmup_steps": 5,
     "batch_size": 48,
     "inner_steps": 64,
@@ -114,7 +116,7 @@ class Tar(AgainstAttacks[TarSettings]):
     """
 
     summary = "train against simulated fine-tuning attacks so that restricted content stays away"
-    cost = "K + K / stride + 1 passes an outer step: 81 at K = 64"
+    cost = "K + K / stride + 1 passes an outer step: 81 at K = 64; one more with recombined rows"
     source = "arXiv 2408.00761; rishub-tamirisa/tamper-resistance"
     cannot_show = "resistance to attacks that are longer than, or unlike, those it is trained with"
     settings_class = TarSettings
