@@ -169,7 +169,7 @@ def trained(job: Json) -> Json:
     """Stand in for the training of a model."""
     training = {"seconds": 2.0, "passes": 30, "steps": [3]}
     start = {**START, "report": 1.0, "retain": 1.0} if job["builtin"] else START
-    marks = {"fingerprint": f"{job['key']:>64}"[-64:], "trained_against": []}
+    marks = {"fingerprint": f"{job['key']:>64}"[-64:]}
     return {"status": "done", "training": training, "start": start, **marks}
 
 
@@ -309,21 +309,21 @@ def test_the_longer_of_two_trials_counts(study: SimpleNamespace, planned: Simple
 @pytest.mark.parametrize("cap", [128, 512, 1024])
 def test_no_adversary_is_one_that_tar_was_trained_against(study: SimpleNamespace, cap: int) -> None:
     from durometer.core.errors import InputError
+    from durometer.safeguards.attacks import attack_digest
     from durometer.safeguards.inner import possible
-    from durometer.safeguards.tar import TarSettings
 
-    trained_against = [
-        attack.digest
-        for changes in ({}, {"inner_steps": 64}, {"inner_steps": 8})
-        for attack in possible(TarSettings(**{**vars(study.tar_plan.tiny_tar()), **changes}))
-    ]
-    adversaries = study.tar_attacks.ADVERSARIES
-    study.tar_attacks.refuse_trained(trained_against, adversaries, cap)
-    own = study.tar_attacks.digest(adversaries[0], cap)
-    full = study.tar_attacks.attack_digest(adversaries[0].tamper, adversaries[0].at(cap))
-    assert full.startswith(own)
+    adversaries, plan = study.tar_attacks.ADVERSARIES, study.tar_plan
+    tar = plan.trained_against(plan.tar_model("knowledge"))
+    assert set(tar) == {attack.digest for attack in possible(plan.tiny_tar())}
+    models = plan.all_models(("knowledge", "refusal"))
+    assert {m.label for m in models if plan.trained_against(m)} == {
+        *("tar", plan.PAPER, "mlac", "sophon")
+    }
+    for model in models:
+        study.tar_attacks.refuse_trained(plan.trained_against(model), adversaries, cap)
+    own = attack_digest(adversaries[0].tamper, {**adversaries[0].settings, "batch_size": 16})
     with pytest.raises(InputError, match="trained against exactly this"):
-        study.tar_attacks.refuse_trained([full], adversaries, cap)
+        study.tar_attacks.refuse_trained([own], adversaries, cap)
 
 
 def test_adversaries_are_many_and_of_both_kinds(study: SimpleNamespace) -> None:
@@ -354,7 +354,7 @@ def test_the_screen_takes_the_registry_and_ablations_share_models(
         for name, entry in safeguard_registry
         if entry.access == "weights"
         for kind in entry.kinds
-    }
+    } | {(study.tar_plan.PAPER, kind) for kind in ("knowledge", "refusal")}
     axes = study.tar_plan.ablations("knowledge")
     tar = study.tar_plan.tar_model("knowledge").identity
     same = [m.identity for axis in axes.values() for m in axis.values()].count(tar)

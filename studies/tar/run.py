@@ -38,6 +38,7 @@ from tar_plan import (
     plain_model,
     tar_model,
     tiny_tar,
+    trained_against,
     undefended_share,
     with_seeds,
 )
@@ -107,8 +108,7 @@ class Study:
             more: replaces settings of the jobs.
         """
         for trial in trials:
-            trained = self.results.models.get(trial.model.identity, {}).get("trained_against", [])
-            refuse_trained(trained, [trial.adversary], trial.cap)
+            refuse_trained(trained_against(trial.model), [trial.adversary], trial.cap)
         without = {t.key(self.results): t for trial in trials for t in trial.undefended()}
         self._attack(part, without.values(), lambda trial: None)
         self._attack(part, trials, lambda trial: undefended_share(self.results, trial), more)
