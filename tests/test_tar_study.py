@@ -123,10 +123,8 @@ def test_the_worst_case_is_the_least_with_its_interval(study: SimpleNamespace) -
     assert worst(records, "report", "50 within") == {"step": None, "above": 128, "longest": 128}
     assert worst(records[4:], "report", "50") is None
     sooner = worst([*records, trial(FULL, 9, 3)], "report", "50")
-    assert (sooner["step"], sooner["low"]) == (
-        found["step"],
-        3,
-    )  # what ended at 3 might be the first
+    # What ended at 3 might have been the first.
+    assert (sooner["step"], sooner["low"]) == (found["step"], 3)
     zero = worst([trial(FULL, 1, 0, half=0)], "report", "50")
     assert (zero["step"], zero["low"]) == (0, 0)
     assert study.tar_summary.previous(1) == 0
@@ -261,7 +259,7 @@ def test_a_full_disk_leaves_whole_lines(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda path, mode, buffering: Short(path, mode.strip("b")))
-        with pytest.raises(OSError, match="5 of 12 bytes were written .* run the part again"):
+        with pytest.raises(OSError, match=r"5 of 12 bytes were written .* run the part again"):
             results.add("screen", {"key": "b"})
     assert (tmp_path / "screen.jsonl").read_bytes() == kept
     assert set(study.tar_jobs.Results(tmp_path).trials) == {"a"}
@@ -290,7 +288,8 @@ def test_factors_are_told_by_training_seed(study: SimpleNamespace) -> None:
         def found(step: int) -> Json:
             return {"step": step, "low": step - 1}
 
-        worst = {key: {w: found(min(steps.values())) for w in "all in out".split()} for key in KEYS}
+        least = found(min(steps.values()))
+        worst = {key: dict.fromkeys(("all", "in", "out"), least) for key in KEYS}
         by_seed = {s: {key: found(step) for key in KEYS} for s, step in steps.items()}
         told = {"label": label, "kind": "knowledge", "worst": {"report": worst}}
         return told | {"worst_by_training_seed": by_seed}
