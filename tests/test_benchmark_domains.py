@@ -28,19 +28,21 @@ from hypothesis import strategies as st
 from durometer.cli import main
 from durometer.core.errors import InputError
 from durometer.core.generation import Generated
+from durometer.core.seeds import Seeds
 from durometer.domains.base import Domain, Item, Role, Split
 from durometer.domains.benchmarks import files, scorers
 from durometer.domains.benchmarks.mathematics import boxed_answer, normalised_math, same_math
 from durometer.domains.benchmarks.read import read_benchmark
 from durometer.domains.benchmarks.spec import parse_spec, short_name, split_added
 from durometer.domains.benchmarks.table import BENCHMARKS
-from durometer.domains.load import load_domain, read_domain
+from durometer.domains.load import lasting_spec, load_domain, read_domain
 from durometer.domains.overlap import overlap_report
 from durometer.measures import benchmark as measuring
 from durometer.measures.likelihood import measure_choices, measure_perplexity, measure_retain
 from durometer.options import free_folder
 from durometer.subjects.base import Source, Subject
 from durometer.subjects.chat import ChatFormat
+from durometer.tampers.data import training_items
 from durometer.trials.campaign import describe_domain
 
 COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
@@ -199,6 +201,34 @@ def test_a_hazard_set_with_a_utility_set(tmp_path: Path) -> None:
     assert len(alone.select(Role.RETAIN)) == 1298  # those of capitals
     assert short_name(spec) == "wmdp-cyber+mmlu+gsm8k"
     assert free_folder("micro", spec, "quick").name == "micro-wmdp-cyber+mmlu+gsm8k-quick-1"
+
+
+def test_a_recorded_spec_means_the_same_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.write("mmlu", "hub", tmp_path / "own")
+    path = made.write("gsm8k", "jsonl", tmp_path / "own") / "test.jsonl"
+    monkeypatch.chdir(tmp_path)
+    spec = "mmlu:own,part=anatomy+gsm8k:own/test.jsonl"
+    lasting = lasting_spec(spec, "knowledge")
+    assert lasting == f"mmlu:{tmp_path}/own,part=anatomy+gsm8k:{path}"
+    expected = load_domain(spec).content_hash
+    monkeypatch.chdir("/")
+    assert load_domain(lasting).content_hash == expected
+    assert lasting_spec(f"capitals:knowledge+gsm8k:{path}", "knowledge") == (
+        f"capitals:knowledge+gsm8k:{path}"
+    )
+    assert lasting_spec("capitals", "refusal") == "capitals:refusal"
+    assert lasting_spec("mmlu:hub,revision=v1", "knowledge") == "mmlu:hub,revision=v1"
+    assert lasting_spec(str(tmp_path), "refusal") == f"{tmp_path}:refusal"
+
+
+def test_silence_is_nothing_to_train_on(tmp_path: Path) -> None:
+    folder = made.write("strongreject", "csv", tmp_path)
+    domain = load_domain(f"strongreject:{folder}", judged=True)
+    with pytest.raises(InputError, match="no restricted items in split 'attack' to train on"):
+        training_items(domain, "disjoint", 4, Seeds.derive(1))
+    assert len(training_items(domain, "refusals", 4, Seeds.derive(1))) == 4
 
 
 def test_solutions_are_trained_on_and_short_answers_restricted(tmp_path: Path) -> None:

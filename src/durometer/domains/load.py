@@ -6,7 +6,7 @@ from pathlib import Path
 from durometer.core.errors import InputError, unknown_name
 from durometer.domains.base import KINDS, Domain, Kind, domain_registry, require_sound
 from durometer.domains.benchmarks.domain import benchmark_domain, with_added
-from durometer.domains.benchmarks.spec import is_benchmark, split_added
+from durometer.domains.benchmarks.spec import is_benchmark, parse_spec, split_added
 from durometer.domains.benchmarks.table import BENCHMARKS
 from durometer.domains.folder import read_folder
 
@@ -46,6 +46,19 @@ def read_domain(spec: str) -> Domain:
     if is_benchmark(first):
         return benchmark_domain(first, added)
     return with_added(_read_named(first), added)
+
+
+def lasting_spec(spec: str, kind: Kind) -> str:
+    """Return a spec that means the same from any folder: paths in full, and the kind named."""
+    if _is_folder(spec):
+        return f"{Path(os.path.expanduser(spec)).resolve()}:{kind}"
+    first, *added = split_added(spec)
+    benchmarks = [parse_spec(one).lasting for one in added]
+    if is_benchmark(first):
+        return "+".join([parse_spec(first).lasting, *benchmarks])
+    name, _ = _split_kind(first)
+    place = str(Path(os.path.expanduser(name)).resolve()) if _is_folder(name) else name
+    return "+".join([f"{place}:{kind}", *benchmarks])
 
 
 def _read_named(spec: str) -> Domain:

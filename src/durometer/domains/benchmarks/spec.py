@@ -48,6 +48,13 @@ class BenchmarkSpec:
     place: Path | None
     wanted: Wanted
 
+    @property
+    def lasting(self) -> str:
+        """The spec that means the same from any folder."""
+        source = HUB if self.place is None else str(self.place.resolve())
+        settings = (f",{key}={value}" for key, value in vars(self.wanted).items() if value)
+        return f"{self.benchmark.name}:{source}{''.join(settings)}"
+
 
 def split_added(spec: str) -> list[str]:
     """Return the domain that a spec begins with, and the benchmarks added to it with ``+``."""
