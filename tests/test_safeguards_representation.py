@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from durometer.safeguards.base import make_safeguard
 from durometer.safeguards.circuit_breakers import distance, ramp
 from durometer.safeguards.crl import tempered, triplet
 from durometer.safeguards.data import DefenceData
-from durometer.safeguards.latent_adversarial import descend_tokens, spread, unlikely
+from durometer.safeguards.latent_adversarial import descend_tokens, spread
 from durometer.safeguards.passes import Pass, Reference, passes
 from durometer.safeguards.refat import counted, fired, taken_out, upper
 from durometer.safeguards.repnoise import (
@@ -528,10 +529,16 @@ def test_every_token_is_pushed_by_itself_and_kept_in_its_ball() -> None:
     torch.testing.assert_close(push[0, :, :].norm(dim=-1), torch.tensor([0.8, 0.0, 0.8]))
 
 
-def test_unlikely_is_finite_where_an_answer_is_sure() -> None:
-    values = torch.tensor([0.25, 0.5, 0.999]).log()
-    torch.testing.assert_close(unlikely(values), -torch.log(torch.tensor([0.75, 0.5, 0.001])))
-    assert math.isfinite(float(unlikely(torch.tensor(0.0))))
+def test_the_push_leaves_a_refusal_that_is_sure() -> None:
+    logits = torch.tensor([[16.0, 0.0, 0.0], [0.0, 1.0, 0.0]], requires_grad=True)
+    targets = torch.zeros(2, dtype=torch.long)
+    labelled = SimpleNamespace(logits=logits, targets=targets, members=(0, 1))
+    forward = SimpleNamespace(labelled=lambda rows, **_: [labelled])
+    step: Any = SimpleNamespace(subject=SimpleNamespace(forward=forward))
+    made: Any = make_safeguard("latent_adversarial", push_away=0.5)
+    loss = made._inner_loss(step, [Row((1, 0), 1), Row((1, 0), 1, restricted=True)])
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient[0].tolist() == pytest.approx([0.5, -0.25, -0.25], rel=1e-5)
 
 
 @pytest.mark.parametrize("goal", ["targeted", "untargeted"])

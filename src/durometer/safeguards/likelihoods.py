@@ -1,9 +1,11 @@
 """Losses on likelihoods that several safeguards share, and when to end an ascent without bound."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from durometer.safeguards.base import Term
 from durometer.safeguards.passes import Pass
@@ -24,15 +26,17 @@ def mean_nll(one: Pass) -> torch.Tensor:
     return -one.row_log_likelihood() / lengths.to(one.labelled.logits.device)
 
 
-def improbability(one: Pass, floor: float) -> torch.Tensor:
-    """Return ``-log(1 - p)`` of each label, shape [labels].
+def improbability(one: Pass, floor: float = -math.inf) -> torch.Tensor:
+    """Return ``-log(1 - p)`` of each label, nats, shape [labels].
 
     It is 0 where ``log p`` is below ``floor``.
     """
-    likelihood = one.log_likelihood()
-    # By way of expm1: 1 - p rounds to 0 where the answer is sure.
-    rest = torch.log(-torch.expm1(likelihood.clamp(max=-1e-6)))
-    return -rest * (likelihood > floor)
+    logits, targets = one.labelled.logits.float(), one.labelled.targets[:, None]
+    rest = logits.scatter(1, targets, -math.inf).logsumexp(-1)
+    # By the lead over all other tokens together: 1 - p rounds to 0 where the answer is sure, and
+    # there the gradient by the lead is 1.
+    lead = logits.gather(1, targets)[:, 0] - rest
+    return functional.softplus(lead) * (one.log_likelihood() > floor)
 
 
 def harmless(coefficient: float) -> Term:
