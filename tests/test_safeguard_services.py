@@ -147,12 +147,13 @@ def test_a_pass_sees_what_separate_rows_give(
     assert len(states) == 3
 
 
-@pytest.mark.parametrize("per", ["label", "token", "row"])
+@pytest.mark.parametrize("per", ["label", "token", "row", "pair"])
 def test_batches_in_parts_give_the_gradient_of_the_whole(tiny_llama: Any, per: Any) -> None:
     values = {
         "label": Pass.entropy,
         "token": lambda one: one.states()[-1].norm(dim=-1),
         "row": Pass.row_log_likelihood,
+        "pair": lambda one: one.row_log_likelihood()[0::2] ** 2 - one.row_log_likelihood()[1::2],
     }
     term = Term("x", 1.0, "pool", values[per], per=per)
     gradients = []
@@ -160,7 +161,9 @@ def test_batches_in_parts_give_the_gradient_of_the_whole(tiny_llama: Any, per: A
         tiny_llama.zero_grad()
         forward = Forward(tiny_llama, tree=True)
         labelled = forward.labelled
-        forward.labelled = lambda rows, whole, nodes=nodes, f=labelled: f(rows, nodes)  # type: ignore[method-assign, misc]
+        forward.labelled = lambda rows, whole, unit, nodes=nodes, f=labelled: f(  # type: ignore[method-assign, misc]
+            rows, nodes, unit=unit
+        )
         parts = list(passes_of(forward, term))
         assert (len(parts) == 1) == whole
         gradients.append([p.grad.clone() for p in tiny_llama.parameters() if p.grad is not None])
@@ -169,8 +172,9 @@ def test_batches_in_parts_give_the_gradient_of_the_whole(tiny_llama: Any, per: A
 
 
 def passes_of(forward: Forward, term: Term) -> Any:
-    for one in passes(forward, ROWS, ("residual",), None, whole=False):
-        reduced(term, one, ROWS).backward()
+    rows = [*ROWS, Row((5, 9, 8, 30, 31, 32), 3)]
+    for one in passes(forward, rows, ("residual",), None, whole=False, unit=term.unit):
+        reduced(term, one, rows).backward()
         yield one
 
 

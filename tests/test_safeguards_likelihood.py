@@ -15,6 +15,7 @@ from test_safeguard_services import KilledError
 from test_tar import FakeLabelled, plain_loss
 from torch.nn import functional
 
+from durometer.core import forward
 from durometer.core.errors import DurometerError, InputError
 from durometer.core.matrices import block_matrices
 from durometer.core.rows import Row
@@ -212,6 +213,32 @@ def test_dpo_is_its_formula_and_prefers_the_refusal() -> None:
     start, _ = term_value(world.short("dpo"), "refusal", "preference", rows)
     assert start.item() == pytest.approx(math.log(2), abs=1e-5)
     assert loss.item() < start.item()
+
+
+@pytest.mark.parametrize("name", ["dpo", "tar"])
+@pytest.mark.parametrize("window", [64, 30, 13])
+def test_a_pair_is_not_cut_where_models_are_short_sighted(
+    name: str, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {} if name == "dpo" else {"loss": "dpo", "anchor": 0.0}
+    _, wide = world.trained(world.short(name, **settings), "refusal")
+    monkeypatch.setattr(forward, "attention_window", lambda model: window)
+    sizes: list[int] = []
+    labelled = forward.Forward.labelled
+
+    def look(self: Any, rows: Any, *args: Any, **options: Any) -> Any:
+        for part in labelled(self, rows, *args, **options):
+            if options.get("unit") == 2:
+                sizes.append(len(part.members))
+            yield part
+
+    monkeypatch.setattr(forward.Forward, "labelled", look)
+    _, narrow = world.trained(world.short(name, **settings), "refusal")
+    assert narrow.status == "done"
+    for one, other in zip(wide.losses, narrow.losses, strict=True):
+        assert one == pytest.approx(other, rel=2e-2, abs=1e-3)
+    assert sizes
+    assert all(size % 2 == 0 for size in sizes)
 
 
 # ---- sdd ---------------------------------------------------------------------------------------

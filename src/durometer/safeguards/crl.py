@@ -104,7 +104,6 @@ class Crl(Safeguard[CrlSettings]):
     def visits(self, step: Step) -> Iterator[Visit]:
         """Join this step's restricted and benign rows, whose means are needed in one pass."""
         if self.reference:
-            # In turns, so that a pass that must be split still holds both.
             pairs = itertools.zip_longest(step.units("restricted"), step.units("sft"))
             step.put(BOTH, [unit for pair in pairs for unit in pair if unit])
         yield Visit()

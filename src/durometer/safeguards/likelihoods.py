@@ -39,6 +39,15 @@ def improbability(one: Pass, floor: float = -math.inf) -> torch.Tensor:
     return functional.softplus(lead) * (one.log_likelihood() > floor)
 
 
+def preference(one: Pass, beta: float) -> torch.Tensor:
+    """Return the DPO loss of each pair (arXiv 2305.18290): its first row before its second.
+
+    Shape [pairs], of rows that follow each other.
+    """
+    gain = one.row_log_likelihood() - one.reference.row_log_likelihood()
+    return -functional.logsigmoid(beta * (gain[0::2] - gain[1::2]))
+
+
 def harmless(coefficient: float) -> Term:
     """Return the cross-entropy on harmless rows alone, in kinds whose ``sft`` holds refusals."""
     return Term("retain", coefficient, "retain", lambda p: p.cross_entropy())

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch.nn import functional
 
 from durometer.core.optimizers import OptimizerName
 from durometer.core.settings import Levels, setting
@@ -22,6 +21,7 @@ from durometer.safeguards.base import (
 )
 from durometer.safeguards.data import DefenceData, Unit
 from durometer.safeguards.inner import ATTACKED, AgainstAttacks, InnerSettings
+from durometer.safeguards.likelihoods import preference
 from durometer.safeguards.passes import Pass
 from durometer.safeguards.train import Step
 from durometer.subjects.base import Subject
@@ -225,8 +225,8 @@ class Tar(AgainstAttacks[TarSettings]):
 def resistance(settings: TarSettings) -> Term:
     """Return the tamper-resistance term on held-out restricted rows."""
     if settings.loss == "dpo":
-        loss, rows = preference, "held_out_pairs"
-        return Term(ATTACKED, settings.tamper_resistance, rows, loss, "batch", ATTACKED, whole=True)
+        pairs = "held_out_pairs"
+        return Term(ATTACKED, settings.tamper_resistance, pairs, preferred, "pair", ATTACKED)
     flatten = settings.loss != "cross_entropy"
 
     def away(one: Pass) -> torch.Tensor:
@@ -245,8 +245,6 @@ def resistance(settings: TarSettings) -> Term:
     )
 
 
-def preference(one: Pass) -> torch.Tensor:
-    """Return the DPO loss of refusals over answers (arXiv 2305.18290), one value for the pass."""
-    now, before = one.row_log_likelihood(), one.reference.row_log_likelihood()
-    gain = now - before
-    return -functional.logsigmoid(DPO_BETA * (gain[0::2] - gain[1::2])).mean()
+def preferred(one: Pass) -> torch.Tensor:
+    """Return the DPO loss of refusals over answers, shape [pairs]."""
+    return preference(one, DPO_BETA)

@@ -281,9 +281,10 @@ class TrainingRun:
             rows = step.rows(pool)
             roles = tuple(dict.fromkeys(role for term in terms for role in term.reads))
             self.outcome.ledger.count(place, sum(len(row.ids) for row in rows))
-            whole = any(term.whole for term in terms)
+            whole, unit = any(term.whole for term in terms), max(term.unit for term in terms)
+            forward, frozen = self.subject.forward, self._reference
             with self.bank.watching():
-                for one in passes(self.subject.forward, rows, roles, self._reference, whole=whole):
+                for one in passes(forward, rows, roles, frozen, whole=whole, unit=unit):
                     self._backward(step, one, terms, rows)
 
     def _backward(
@@ -382,7 +383,7 @@ def _count(per: Per, rows: Sequence[Row]) -> int:
         return sum(len(row.labels) for row in rows)
     if per == "token":
         return sum(len(row.ids) - 1 for row in rows)
-    return len(rows)
+    return len(rows) // 2 if per == "pair" else len(rows)
 
 
 def plan_of(settings: TrainingSettings) -> OptimisationPlan:
