@@ -1,6 +1,7 @@
 """Services of safeguards: gradients, perturbations, passes, checkpoints, going on after a kill."""
 
 import errno
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import safeguard_world as world
 import tiny_world
 import torch
 
+from durometer.core.edits import Restoration
 from durometer.core.errors import DurometerError, InputError, StorageError
 from durometer.core.forward import Forward
 from durometer.core.rows import Row
@@ -21,7 +23,10 @@ from durometer.safeguards.checkpoint import CheckpointFile
 from durometer.safeguards.data import DefenceData
 from durometer.safeguards.passes import Pass, passes, sites
 from durometer.safeguards.train import Report, reduced
+from durometer.subjects.base import Subject
 from durometer.subjects.fingerprint import weights_checksum, weights_fingerprint
+
+lent = Subject.lent
 
 # ---- gradients and perturbations ---------------------------------------------------------------
 
@@ -73,9 +78,48 @@ def test_a_perturbation_comes_and_goes_bit_for_bit() -> None:
     with perturbed(subject, {name: delta}):
         torch.testing.assert_close(weight.detach(), kept + delta)
     assert weights_fingerprint(subject.model) == before
-    with pytest.raises(ZeroDivisionError), perturbed(subject, {name: delta}, host=True):
+    with pytest.raises(ZeroDivisionError), perturbed(subject, {name: delta}):
         raise ZeroDivisionError
     assert weights_fingerprint(subject.model) == before
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_an_accelerator_copies_of_weights_wait_on_the_host(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = tiny_world.undefended()
+    name, weight = next(iter(subject.model.named_parameters()))
+    assert subject.tree
+    asked: list[bool] = []
+
+    def keep(model: Any, *, host: bool) -> Restoration:
+        asked.append(host)
+        return Restoration(model, host=host)
+
+    monkeypatch.setattr("durometer.subjects.base.Restoration", keep)
+    monkeypatch.setattr(Forward, "device", property(lambda self: torch.device(device)))
+    with perturbed(subject, {name: torch.ones_like(weight)}):
+        pass
+    with subject.lent(host=True), subject.lent():
+        pass
+    assert asked == [device != "cpu", True, device != "cpu"]
+
+
+@pytest.mark.parametrize(
+    "name", ["booster", "ctrap", "sam_unlearning", "seam", "mudman", "tar", "rep_select"]
+)
+def test_where_copies_wait_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prints = []
+    for host in (False, True):
+        monkeypatch.setattr(Subject, "lent", partialmethod(lent, host=host))
+        if name == "rep_select":
+            subject = tiny_world.undefended()
+            world.edit(world.short_edit(name), subject)
+        else:
+            made = world.short(name)
+            subject, _ = world.trained(made, made.kinds[0])
+        prints.append(weights_fingerprint(subject.model))
+    assert prints[0] == prints[1]
 
 
 def test_a_perturbation_that_the_number_format_swallows_is_refused() -> None:

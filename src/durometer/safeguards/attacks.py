@@ -200,9 +200,8 @@ class AttackRunner:
         tamper = self._current = attack.make()
         first = not ledger.attacks
         ledger.attacks += 1
-        host = subject.forward.device.type != "cpu"
         parked = self._trainer.parked() if self._trainer is not None else nullcontext()
-        with parked, subject.lent(host=host):
+        with parked, subject.lent():
             budget, seeds = Budget(attack.steps), Seeds.derive(seed)
             own, subject.chat = subject.chat, self._chat
             subject.restoration.on_exit(lambda: setattr(subject, "chat", own))

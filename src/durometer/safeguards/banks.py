@@ -113,7 +113,6 @@ def perturbed(
     deltas: Mapping[str, torch.Tensor],
     *,
     least_cosine: float = LEAST_COSINE,
-    host: bool = False,
 ) -> Iterator[None]:
     """Move the named weights by ``deltas`` inside, then put the stored values back bit for bit.
 
@@ -121,7 +120,7 @@ def perturbed(
         DurometerError: what was really applied points elsewhere, since the weights' number format
             swallowed it; a probe there would measure noise.
     """
-    with subject.lent(host=host):
+    with subject.lent():
         _move(subject, deltas, least_cosine)
         yield
 

@@ -240,17 +240,16 @@ class RepSelect(Safeguard[RepSelectSettings]):
         return within, least
 
     def _divergence(self, bench: Bench, edit: Mapping[str, torch.Tensor], rate: float) -> float:
-        host = bench.subject.forward.device.type != "cpu"
         deltas = {name: rate * delta for name, delta in edit.items()}
         # A first rate may be below what the number format resolves; the last one may not.
-        with perturbed(bench.subject, deltas, least_cosine=-1.0, host=host):
+        with perturbed(bench.subject, deltas, least_cosine=-1.0):
             return retain_divergence(bench, self.settings.measured_rows)
 
     @torch.no_grad()
     def _apply(self, bench: Bench, edit: Mapping[str, torch.Tensor], rate: float) -> None:
         """Make the edit, once it is known that the weights' number format can hold it."""
         deltas = {name: rate * delta for name, delta in edit.items()}
-        with perturbed(bench.subject, deltas, host=bench.subject.forward.device.type != "cpu"):
+        with perturbed(bench.subject, deltas):
             pass
         for name, delta in deltas.items():
             weight = bench.subject.model.get_parameter(name)
