@@ -17,10 +17,10 @@ from durometer.safeguards import banks
 from durometer.safeguards.attacks import AttackRunner
 from durometer.safeguards.base import make_safeguard
 from durometer.safeguards.ctrap import first_token
+from durometer.safeguards.lens import last_norm
 from durometer.safeguards.mlac import bounded_cross_entropy
 from durometer.safeguards.passes import Pass
 from durometer.safeguards.sam_unlearning import preference_against
-from durometer.safeguards.seam import last_norm
 from durometer.safeguards.sophon import from_uniform, inverse_cross_entropy
 from durometer.subjects.fingerprint import weights_fingerprint
 from durometer.trials.suites import SUITES, make_suite

@@ -21,12 +21,12 @@ from durometer.safeguards.circuit_breakers import distance, ramp
 from durometer.safeguards.crl import tempered, triplet
 from durometer.safeguards.data import DefenceData
 from durometer.safeguards.latent_adversarial import descend_tokens, spread
+from durometer.safeguards.lens import logit_lens
 from durometer.safeguards.passes import Pass, Reference, passes
 from durometer.safeguards.refat import counted, fired, taken_out, upper
 from durometer.safeguards.repnoise import (
     differing_labels,
     differing_tokens,
-    logit_lens,
     mmd,
     paired,
 )
@@ -329,7 +329,7 @@ def test_only_tokens_that_differ_from_the_refusal_count() -> None:
 def test_the_lens_at_the_last_depth_is_the_model() -> None:
     subject, rows = tiny_world.undefended(), pool("restricted", 3)
     one = one_pass(subject, rows)
-    lens = logit_lens(subject)
+    lens = logit_lens(subject, "ascent")
     torch.testing.assert_close(lens(one.states(tokens=False)[-1]), one.labelled.logits)
 
     def scaled(module: Any, inputs: Any, output: Any) -> Any:
@@ -337,8 +337,11 @@ def test_the_lens_at_the_last_depth_is_the_model() -> None:
         return output
 
     subject.model.register_forward_hook(scaled)
-    with pytest.raises(NotApplicableError, match="behind the last block"):
-        logit_lens(subject)
+    data = DefenceData(subject, tiny_world.tiny_domain())
+    for name, coefficient in (("repnoise", "ascent"), ("seam", "unlearn")):
+        with pytest.raises(NotApplicableError, match=f"behind the last block; use {coefficient}=0"):
+            make_safeguard(name).terms(subject, data)
+        assert make_safeguard(name, **{coefficient: 0.0}).terms(subject, data)
 
 
 def test_repnoise_is_minus_the_log_of_one_and_the_loss_at_all_depths() -> None:
