@@ -97,7 +97,6 @@ class Step:
     names: list[str]
     _seeds: Seeds
     _streams: Streams
-    _evaluate: Callable[["Step", str, float], None]
     losses: dict[str, float] = field(default_factory=dict)
     apart: bool = False
     _rows: dict[str, list[Unit]] = field(default_factory=dict)
@@ -124,13 +123,6 @@ class Step:
     def random(self, purpose: str) -> torch.Generator:
         """Return a generator of this step's own."""
         return torch.Generator().manual_seed(self.seed(purpose))
-
-    def evaluate(self, place: str, weight: float = 1.0) -> None:
-        """Add the gradients of the terms of ``place``, taken at the weights as they are now.
-
-        Visits do this by themselves; a probe that follows a gradient asks for it before.
-        """
-        self._evaluate(self, place, weight)
 
     def by_name(self, gradients: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
         """Return gradients by the names of the trained weights."""
@@ -241,7 +233,6 @@ class TrainingRun:
             self._names,
             self.seeds,
             self.streams,
-            self._evaluate,
             apart=self.safeguard.separate or number % LOOK_EVERY == FIRST_LOOK,
         )
         self.trainer.begin()
