@@ -15,13 +15,14 @@ from durometer.core.errors import NotApplicableError
 from durometer.core.rows import Row
 from durometer.core.structure import blocks
 from durometer.safeguards import refat
-from durometer.safeguards.activations import blank, place_at, rows_apart, shifted
+from durometer.safeguards.activations import blank, distance, place_at, rows_apart, shifted
 from durometer.safeguards.base import make_safeguard
-from durometer.safeguards.circuit_breakers import distance, ramp
-from durometer.safeguards.crl import tempered, triplet
+from durometer.safeguards.circuit_breakers import ramp
+from durometer.safeguards.crl import triplet
 from durometer.safeguards.data import DefenceData
 from durometer.safeguards.latent_adversarial import descend_tokens, spread
 from durometer.safeguards.lens import logit_lens
+from durometer.safeguards.likelihoods import divergence
 from durometer.safeguards.passes import Pass, Reference, passes
 from durometer.safeguards.refat import counted, fired, taken_out, upper
 from durometer.safeguards.repnoise import (
@@ -259,7 +260,7 @@ def test_the_tempered_divergence_is_the_librarys() -> None:
             (one.reference.labelled.logits / temperature).softmax(-1),
             reduction="none",
         ).sum(-1)
-        torch.testing.assert_close(tempered(one, temperature), wanted)
+        torch.testing.assert_close(divergence(one, temperature), wanted)
 
 
 def test_crl_sees_restricted_and_benign_rows_in_one_pass() -> None:

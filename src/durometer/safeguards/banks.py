@@ -107,6 +107,13 @@ def _take(sums: list[torch.Tensor | None], index: int, parameter: torch.Tensor) 
     sums[index] = gradient.float() if before is None else before.add_(gradient)
 
 
+def added(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the sum of two gradients, either of which may be none."""
+    if first is None or second is None:
+        return first if second is None else second
+    return first + second
+
+
 @contextmanager
 def perturbed(
     subject: Subject,

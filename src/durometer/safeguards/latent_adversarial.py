@@ -21,9 +21,9 @@ from durometer.safeguards.base import (
     safeguard,
     supervised,
 )
-from durometer.safeguards.crl import of_restricted, tempered
+from durometer.safeguards.crl import of_restricted
 from durometer.safeguards.data import DefenceData, Unit
-from durometer.safeguards.likelihoods import improbability
+from durometer.safeguards.likelihoods import divergence, improbability
 from durometer.safeguards.passes import ActivationBank, Pass, sites
 from durometer.safeguards.train import Step
 from durometer.subjects.base import Subject
@@ -140,7 +140,7 @@ class LatentAdversarial(Safeguard[LatentAdversarialSettings]):
             supervised(settings),
             pushed("toward", settings.toward, refuse),
             pushed("away", settings.away, deny),
-            Term("kl", settings.kl, "retain", lambda p: tempered(p, 1.0), may_rest=True),
+            Term("kl", settings.kl, "retain", divergence, may_rest=True),
         ]
 
     def visits(self, step: Step) -> Iterator[Visit]:

@@ -11,10 +11,12 @@ from durometer.safeguards.base import Term
 from durometer.safeguards.passes import Pass
 
 
-def divergence(one: Pass) -> torch.Tensor:
-    """Return KL(frozen || trained) of the predictions of each label, nats, shape [labels]."""
-    frozen = one.reference.log_probabilities
-    return (frozen.exp() * (frozen - one.log_probabilities)).sum(-1)
+def divergence(one: Pass, temperature: float = 1.0) -> torch.Tensor:
+    """Return T^2 KL(frozen || trained) at temperature T of each label, nats, shape [labels]."""
+    now, before = (
+        (p.labelled.logits.float() / temperature).log_softmax(-1) for p in (one, one.reference)
+    )
+    return temperature**2 * (before.exp() * (before - now)).sum(-1)
 
 
 def mean_nll(one: Pass) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from durometer.core.schedules import Schedule
 from durometer.core.settings import Between, setting
-from durometer.safeguards.banks import perturbed
+from durometer.safeguards.banks import added, perturbed
 from durometer.safeguards.base import (
     Safeguard,
     Term,
@@ -136,7 +136,5 @@ class Seam(Safeguard[SeamSettings]):
         for name in (HARMFUL, HARMLESS):
             ways[name + MOVED] = weight / (self.settings.epsilon * norm_of(step, name))
             ways[name] = -ways[name + MOVED]
-        return [
-            other if one is None else one if other is None else one + other
-            for one, other in zip(rest, step.bank.combined(ways), strict=True)
-        ]
+        pairs = zip(rest, step.bank.combined(ways), strict=True)
+        return [added(one, other) for one, other in pairs]

@@ -9,6 +9,7 @@ import torch
 from durometer.core.optimizers import OptimizerName
 from durometer.core.settings import Levels, setting
 from durometer.domains.base import Domain
+from durometer.safeguards.activations import distance
 from durometer.safeguards.anchors import Partners, partners, recombined
 from durometer.safeguards.base import (
     ReferencePoint,
@@ -199,11 +200,10 @@ class Tar(AgainstAttacks[TarSettings]):
         return {ANCHORS: data.pool("retain")} if self.settings.anchor else {}
 
     def _distance(self, one: Pass) -> torch.Tensor:
+        if self.settings.distance == "norm":
+            return distance(one)
         pairs = zip(one.states(), one.reference.states(), strict=True)
-        if self.settings.distance == "square":
-            return torch.stack([((h - r) ** 2).sum(-1) for h, r in pairs]).mean(0)
-        # The library's norm has a gradient of 0 at 0; a square root by hand has none there.
-        return torch.stack([torch.linalg.vector_norm(h - r, dim=-1) for h, r in pairs]).mean(0)
+        return torch.stack([((h - r) ** 2).sum(-1) for h, r in pairs]).mean(0)
 
     def visits(self, step: Step) -> Iterator[Visit]:
         """Yield points along inner attacks, then the weights themselves."""
