@@ -162,8 +162,8 @@ class RememberingChat(ChatFormat):
 class AttackRunner:
     """Runs inner attacks on the subject of a training and puts its weights back bit for bit.
 
-    On an accelerator the copy of the weights and the trainer's optimiser state wait in the host's
-    memory meanwhile, so that the device holds no second copy.
+    On an accelerator the copy of the weights and what only the trainer's updates read wait in the
+    host's memory meanwhile, so that the device holds no second copy.
 
     Args:
         data: whose attackers' view the attacks train on.
