@@ -39,8 +39,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return cli_world.write_files(tmp_path_factory.mktemp("files"))
 
 
-def words(files: Files, out: Path, *more: str, safeguard: str = TAR) -> list[str]:
-    domain = f"{files.domain}:knowledge"
+def words(
+    files: Files, out: Path, *more: str, safeguard: str = TAR, kind: str = "knowledge"
+) -> list[str]:
+    domain = f"{files.domain}:{kind}"
     start = ["harden", str(files.base), "--domain", domain, "--safeguard", safeguard]
     return [*start, "--budget-steps", "4", "--out", str(out), *more]
 
@@ -57,7 +59,7 @@ def test_the_folder_is_a_model_and_says_what_it_is(made: Path, files: Files) -> 
     assert [stage["name"] for stage in record["safeguards"]] == ["random_mapping", "tar"]
     assert [stage["settings"]["steps"] for stage in record["safeguards"]] == [4, 4]
     cost = record["safeguards"][1]["cost"]
-    assert cost["passes"] == {"inner": 16, "attacked": 8, "weights": 4}
+    assert cost["passes"] == {"inner": 16, "attacked": 8, "anchors": 4, "weights": 4}
     assert record["safeguards"][1]["trained_against"]
     subject, base = load_subject(str(made)), load_subject(str(files.base))
     assert subject.fingerprint == record["fingerprint"] != record["base"]["fingerprint"]
@@ -76,7 +78,7 @@ def test_the_folder_is_a_model_and_says_what_it_is(made: Path, files: Files) -> 
     }
     lines = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4] * 2
-    assert {"sft", "representation", "attacked"} == set(lines[-1]["losses"])
+    assert {"sft", "representation", "anchor", "attacked"} == set(lines[-1]["losses"])
     assert not (made / "work").exists()
 
 
@@ -165,6 +167,32 @@ def test_a_kill_in_either_stage_loses_nothing(
     ]
     assert main(words(files, out, "--resume")) == 2
     assert "holds a finished model" in capsys.readouterr().err
+
+
+def test_biases_of_a_stage_are_there_after_a_kill_in_a_later_one(
+    files: Files, tmp_path: Path, capsys: Capture
+) -> None:
+    """Steering makes biases that the subject, loaded anew, does not have."""
+    safeguard = "steering:stage1=none,layer_stride=1,keep=0.01,plain_sft:steps=4"
+    given = {"safeguard": safeguard, "kind": "refusal"}
+    assert main(words(files, tmp_path / "whole", **given)) == 0
+    trained = hardening.HardenProgress.trained
+
+    def kill(self: Any, report: Report) -> None:
+        trained(self, report)
+        if report.update.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardening.HardenProgress, "trained", kill)
+        assert main(words(files, tmp_path / "killed", **given)) == 130
+    assert main(words(files, tmp_path / "killed", "--resume", **given)) == 0
+    capsys.readouterr()
+    whole, killed = (read_record(tmp_path / name) for name in ("whole", "killed"))
+    assert any(name.endswith(".bias") for name in whole["changed"])
+    assert killed["fingerprint"] == whole["fingerprint"]
+    subject = load_subject(str(tmp_path / "killed"))
+    assert subject.fingerprint == whole["fingerprint"]
 
 
 def test_noop_is_the_subject_bit_for_bit(files: Files, tmp_path: Path) -> None:

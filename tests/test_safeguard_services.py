@@ -1,6 +1,7 @@
 """Services of safeguards: gradients, perturbations, passes, checkpoints, going on after a kill."""
 
 import errno
+import math
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from durometer.safeguards import checkpoint
 from durometer.safeguards.banks import GradientBank, perturbed
 from durometer.safeguards.base import Term
 from durometer.safeguards.checkpoint import CheckpointFile
-from durometer.safeguards.data import DefenceData
+from durometer.safeguards.data import DefenceData, Streams
 from durometer.safeguards.passes import Pass, passes, sites
-from durometer.safeguards.train import Report, reduced
+from durometer.safeguards.train import Report, TrainingRun, reduced
 from durometer.subjects.base import Subject
 from durometer.subjects.fingerprint import weights_checksum, weights_fingerprint
 
@@ -269,6 +270,9 @@ def interrupted_and_resumed(name: str, path: Path, kill: int, **settings: Any) -
         ("max_entropy", {"steps": 7, "train": "adapter", "rank": 2}),
         ("tar", {"steps": 5}),
         ("tar", {"steps": 7, "refresh": 3, "inner_weights": "adapter"}),
+        ("undo", {"steps": 7, "teacher": "none", "train": "adapter", "rank": 2}),
+        ("cir", {"steps": 7, "refit": 3}),
+        ("sophon", {"steps": 9, "refresh": 2, "normal_steps": 1}),
     ],
 )
 def test_a_run_that_was_killed_goes_on_bit_for_bit(
@@ -282,6 +286,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     assert outcome.learning_rates == whole.learning_rates
     assert outcome.orders == whole.orders
     assert outcome.ledger.passes == whole.ledger.passes
+    assert outcome.ledger.reference_forwards == whole.ledger.reference_forwards
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -348,6 +353,40 @@ def test_a_diverging_run_keeps_its_last_checkpoint(tmp_path: Path) -> None:
     found = CheckpointFile(path, {}, every=2, resume=True).load()
     assert found is not None
     assert found[1]["trainer"]["step"] == 4
+
+
+def test_the_state_is_kept_at_the_first_step_that_can_be_gone_on_from(tmp_path: Path) -> None:
+    """Kept points of attacks are lost between refreshes: here no multiple of 4 will do."""
+    made = world.short("tar", steps=7, refresh=3, inner_weights="adapter")
+    file = CheckpointFile(tmp_path / "c.safetensors", {}, every=4, resume=True)
+    run, _, _ = world.prepare(made, checkpoint=file)
+    run.run()
+    found = file.load()
+    assert found is not None
+    assert found[1]["trainer"]["step"] == 6
+
+
+def test_stages_with_one_reference_count_its_forwards_apart() -> None:
+    first, second = (world.short("tar", steps=2) for _ in range(2))
+    run, subject, data = world.prepare(first)
+    run.run()
+    again = TrainingRun(second, subject, data, run.seeds, reference=run._reference)
+    counted = run.outcome.ledger.reference_forwards
+    assert counted > 0
+    assert again.run().ledger.reference_forwards == counted
+
+
+@pytest.mark.parametrize("pool", ["pairs", "restricted"])
+def test_the_order_of_a_whole_epoch_is_told(pool: str) -> None:
+    subject = tiny_world.undefended()
+    data = DefenceData(subject, tiny_world.tiny_domain("refusal"))
+    streams = Streams(data, world.SEEDS, 3, 0.5)
+    for _ in range(2 * len(data.pool(pool))):
+        streams.next(pool)
+    ids = streams.first_epoch[pool]
+    assert set(ids) == {row.item_id for unit in data.pool(pool) for row in unit}
+    size = len(data.pool(pool)[0])
+    assert len(ids) == 3 * size * math.ceil(len(data.pool(pool)) / 3)
 
 
 def test_pools_that_are_not_there_are_told() -> None:

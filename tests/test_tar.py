@@ -302,6 +302,23 @@ def test_between_refreshes_kept_attacks_are_replayed() -> None:
     assert not made.can_resume(4)
 
 
+def test_an_attack_that_diverged_at_once_is_made_anew_in_place_of_a_replay() -> None:
+    made = world.short(
+        "tar", steps=3, refresh=3, inner_rates=(1e30,), inner_optimizers=("sgd",), anchor=0.0
+    )
+    _, outcome = world.trained(made)
+    assert (outcome.status, outcome.steps) == ("done", 3)
+    assert outcome.ledger.attacks == outcome.ledger.diverged_attacks == 3
+
+
+@pytest.mark.parametrize("name", ["tar", "mlac", "sophon"])
+def test_an_adapter_on_an_adapter_is_refused(name: str) -> None:
+    made = world.short(name, train="adapter", rank=2, inner_weights="all+adapter")
+    with pytest.raises(InputError, match="use inner_weights=slice"):
+        world.trained(made)
+    world.trained(world.short(name, train="adapter", rank=2, inner_weights="slice", steps=2))
+
+
 @pytest.mark.parametrize("weights", ["all", "adapter"])
 def test_a_kept_attack_is_the_attack(weights: Any) -> None:
     run, subject, data = one_step()
@@ -391,9 +408,31 @@ def test_an_evaluation_that_repeats_a_training_attack_is_refused() -> None:
     attack = InnerAttack("restricted", "all", "adamw", 1e-3, 16, 32)
     name, settings = attack.tamper
     assert attack.digest == attack_digest("ft_full", settings)
-    with pytest.raises(InputError, match="trained against exactly this"):
-        require_disjoint([attack.digest], [(name, settings)])
-    require_disjoint([attack.digest], [(name, settings | {"steps": 33})])
+    again = {"learning_rate": 1e-3, "batch_size": 16, "steps": 400, "examples": 300}
+    for repeated in (settings, again, settings | {"steps": 33}):
+        with pytest.raises(InputError, match="trained against exactly this"):
+            require_disjoint([attack.digest], [(name, repeated)])
+    for other in (
+        {"learning_rate": 2e-3},
+        {"batch_size": 8},
+        {"optimizer": "sign_sgd"},
+        {"data": "benign"},
+        {"retain_share": 0.5},
+        {"schedule": "linear"},
+    ):
+        require_disjoint([attack.digest], [(name, settings | other)])
+
+
+def test_a_switch_drawn_anew_and_a_slice_are_kinds_of_their_own() -> None:
+    early, late = (InnerAttack("switch", "all", "adamw", 1e-3, 16, 32, s) for s in (0.3, 0.8))
+    assert early.digest == late.digest
+    whole, part = (InnerAttack("restricted", w, "adamw", 1e-3, 16, 32) for w in ("all", "slice"))
+    assert whole.digest != part.digest
+
+
+def test_the_length_counts_where_the_rates_depend_on_it() -> None:
+    linear = {"schedule": "linear", "steps": 32}
+    assert attack_digest("ft_full", linear) != attack_digest("ft_full", linear | {"steps": 64})
 
 
 def test_stages_follow_the_kind_of_domain() -> None:
@@ -412,6 +451,45 @@ def test_stages_follow_the_kind_of_domain() -> None:
     alone = make_safeguard("tar", stage1="none", loss="entropy", retain_reference="original")
     assert alone.stages(tiny_world.tiny_domain()) == [alone]
     assert Visit().place == "weights"
+
+
+# ---- where the loss is taken, and the floor ---------------------------------------------------
+
+
+def test_all_tokens_of_a_restricted_row_can_be_flattened() -> None:
+    made = world.short("tar", tokens="all", anchor=0.0)
+    run, subject, data = world.prepare(made)
+    (term,) = (t for t in run.terms if t.name == "attacked")
+    rows = [unit[0] for unit in data.pool(term.rows)]
+    plain = [unit[0] for unit in data.pool("held_out_restricted")]
+    assert [(row.ids, row.first_label) for row in rows] == [(row.ids, 1) for row in plain]
+    (one,) = passes(subject.forward, rows[:2], (), None, whole=True)
+    expected = []
+    for row in rows[:2]:
+        logits = subject.model(input_ids=torch.tensor([row.ids])).logits[0, :-1].double()
+        p = logits.softmax(-1)
+        expected += (p * p.log()).sum(-1).tolist()
+    assert term.loss(one).tolist() == pytest.approx(expected, abs=1e-4)
+    assert make_safeguard("tar", "faithful").settings.tokens == "all"
+
+
+def test_released_scripts_decay_the_weights_of_inner_attacks() -> None:
+    settings = make_safeguard("tar", "faithful").settings
+    assert {attack.tamper[1]["weight_decay"] for attack in possible(settings)} == {0.01}
+    assert drawn(settings, torch.Generator().manual_seed(1)).weight_decay == 0.01
+
+
+def test_the_floor_is_that_of_a_visit_as_a_whole() -> None:
+    """With a floor between the losses of single rows all of a visit counts, or nothing of it."""
+    whole = world.trained(world.short("tar", steps=2, inner_steps=2, stride=2, anchor=0.0))[1]
+    weight = 4.0 * sum(visit_weights(world.short("tar", inner_steps=2, stride=2).settings).values())
+    mean = whole.losses[0]["attacked"] / weight
+    for floor, counted in ((mean - 0.01, True), (mean + 0.01, False)):
+        made = world.short("tar", steps=1, inner_steps=2, stride=2, anchor=0.0, entropy_floor=floor)
+        _, outcome = world.trained(made)
+        assert ("attacked" in outcome.losses[0]) == counted
+        if counted:
+            assert outcome.losses[0]["attacked"] == pytest.approx(whole.losses[0]["attacked"])
 
 
 # ---- anchor rows -------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ from typing import Any
 
 from durometer.console import show
 from durometer.core.errors import ExitCode, InputError
+from durometer.core.files import replace_file
 from durometer.report.comparison import build_comparison
 from durometer.report.comparison_html import render_comparison
 from durometer.report.comparison_terminal import comparison_table
-from durometer.report.write import replace_file
 from durometer.trials.store import storage_error
 
 DATA, PAGE = "comparison.json", "comparison.html"

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
-from durometer.safeguards.attacks import attack_digest, require_disjoint
+from durometer.core.settings import digest_of
+from durometer.safeguards.attacks import require_disjoint
 from durometer.tampers.base import make_tamper
 
 COMMON: Mapping[str, Any] = {"batch_size": 16, "examples": 400}
@@ -96,8 +97,9 @@ SENTINELS = (
 
 @cache
 def digest(adversary: Adversary, cap: int) -> str:
-    """Return what tells a configuration from others, 12 hex digits."""
-    return attack_digest(adversary.tamper, adversary.at(cap))[:12]
+    """Return what tells a configuration from others, its length included, 12 hex digits."""
+    made = make_tamper(adversary.tamper, **adversary.at(cap))
+    return digest_of([made.name, made.settings.canonical()])[:12]
 
 
 def refuse_trained(trained: Sequence[str], adversaries: Iterable[Adversary], cap: int) -> None:

@@ -13,7 +13,7 @@ import durometer
 import durometer.catalogue
 from durometer.core.settings import digest_of
 from durometer.domains.base import KINDS
-from durometer.safeguards.base import safeguard_registry
+from durometer.safeguards.base import Safeguard, safeguard_registry
 from durometer.safeguards.harden import HardenRequest, stages_of
 from durometer.safeguards.tar import Tar, TarSettings
 from durometer.subjects.base import Subject
@@ -73,12 +73,23 @@ def _micro() -> Subject:
     return durometer.load_subject("micro", device="cpu")
 
 
+def _stages(model: Model) -> list[Safeguard[Any]]:
+    request = HardenRequest("micro", f"world:{model.kind}", (model.spec,))
+    return stages_of(request, _micro(), durometer.load_domain(request.domain))
+
+
+@cache
+def trained_against(model: Model) -> tuple[str, ...]:
+    """Return the digests of the attacks that a model is trained against."""
+    stages = [] if model.builtin else _stages(model)
+    return tuple(digest for s in stages for digest in s.facts().get("trained_against", []))
+
+
 @cache
 def _identity(model: Model) -> str:
     if model.builtin:
         return f"{model.builtin}-{model.kind}"
-    request = HardenRequest("micro", f"world:{model.kind}", (model.spec,))
-    stages = stages_of(request, _micro(), durometer.load_domain(request.domain))
+    stages = _stages(model)
     # Values that differ from the defaults: a setting added later does not make another model of it.
     told: list[Any] = [
         [s.name, s.settings.model_dump(mode="json", exclude_defaults=True)] for s in stages

@@ -184,7 +184,6 @@ def _measured(subject: Subject, looks: Looks, record: Json) -> Json:
             "steps": [cost["steps"] for cost in costs],
         },
         "stages": [stage["name"] for stage in stages],
-        "trained_against": [d for stage in stages for d in stage.get("trained_against", [])],
     }
 
 

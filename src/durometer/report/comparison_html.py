@@ -7,7 +7,7 @@ from durometer.report import comparison_text as words
 from durometer.report import figures
 from durometer.report.comparison import HALF
 from durometer.report.figures import budget_of, budget_text
-from durometer.report.html import page_environment, page_style
+from durometer.report.page import page_environment, page_style
 
 Json = Mapping[str, Any]
 

@@ -10,17 +10,14 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from durometer.domains.base import Split
 from durometer.measures.extraction import TRIES
 from durometer.report import figures
 from durometer.report.figures import Curve, Place, Point, budget_of, budget_text, strength_at
 from durometer.report.further import further_tables
+from durometer.report.page import page_environment, page_style
 from durometer.report.summary import has_threshold
 from durometer.trials.analysis import success_items, success_rate
 from durometer.trials.behaviour import LEVEL
@@ -30,7 +27,6 @@ from durometer.trials.store import Store
 Json = Mapping[str, Any]
 HALF = 0.5
 SAMPLES = 6
-MOST_CHARACTERS = 600
 HASH_SHOWN = 12
 GROUPS = ((0.5, True), (0.5, False), (0.25, True), (0.25, False))
 OUTCOMES = {
@@ -93,52 +89,6 @@ def render_html(summary: dict[str, Any], store: Store, *, show_texts: bool = Fal
         commands=commands(summary, store.folder.name),
     )
     return written.encode("utf-8", "replace").decode("utf-8")
-
-
-def page_style() -> Markup:
-    """Return the style sheet of every page, for light, dark, phone and print."""
-    folder = resources.files("durometer.report").joinpath("templates")
-    return Markup(folder.joinpath("report.css").read_text("utf-8"))
-
-
-def page_environment() -> Environment:
-    """Return the environment of the templates: everything escaped, figures as filters."""
-    environment = Environment(
-        loader=PackageLoader("durometer.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_shown,
-    )
-    for function in (
-        figures.breakable,
-        figures.percent,
-        figures.points_text,
-        figures.quantity,
-        figures.flops_text,
-        figures.seconds_text,
-        figures.decimal,
-        figures.signed,
-        figures.rate_title,
-        figures.rate_interval,
-        figures.series_key,
-        shortened,
-    ):
-        environment.filters[function.__name__] = function
-    return environment
-
-
-def _shown(value: Any) -> Any:
-    """Write control and direction characters out in whatever the template prints."""
-    return figures.visible(value) if type(value) is str else value
-
-
-def shortened(text: str) -> str:
-    """Return a response, cut where it is very long; says how much is missing."""
-    if len(text) <= MOST_CHARACTERS:
-        return text
-    return f"{text[:MOST_CHARACTERS]} … ({len(text) - MOST_CHARACTERS:,} more characters)"
 
 
 # --- reading the summary ---

@@ -1,12 +1,10 @@
 """Writing a run's outputs; every one of them can be made again from the stored records."""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from durometer.core.files import replace_file
 from durometer.report.html import render_html
 from durometer.report.summary import build_summary
 from durometer.trials.store import Store, storage_error
@@ -41,15 +39,3 @@ def _item_lines(store: Store) -> Iterator[str]:
     for trial in store.trials():
         for row in trial.item_rows():
             yield json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def replace_file(path: Path, parts: Iterator[str]) -> None:
-    """Write ``parts`` to ``path`` whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.writelines(parts)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from durometer.core.adapters import linear_maps
 from durometer.core.budget import Budget
 from durometer.core.errors import InputError
 from durometer.core.rows import Row
+from durometer.core.schedules import depends_on_total
 from durometer.core.seeds import Seeds
 from durometer.core.settings import digest_of
 from durometer.core.structure import blocks
@@ -55,6 +56,7 @@ class InnerAttack:
     steps: int
     switch: float = 0.66
     rank: int = 16
+    weight_decay: float = 0.0
 
     @property
     def tamper(self) -> tuple[str, dict[str, Any]]:
@@ -65,6 +67,7 @@ class InnerAttack:
             "batch_size": self.batch_size,
             "steps": self.steps,
             "examples": ALL_ROWS,
+            "weight_decay": self.weight_decay,
         }
         adapter = self.weights == "adapter"
         if adapter:
@@ -89,14 +92,28 @@ class InnerAttack:
 
     @property
     def digest(self) -> str:
-        """Hash of the configuration, comparable with an evaluation's."""
-        return attack_digest(*self.tamper)
+        """Hash of the kind of attack, comparable with an evaluation's."""
+        return attack_digest(*self.tamper, part=self.weights if self.weights == "slice" else "")
 
 
-def attack_digest(tamper: str, settings: dict[str, Any]) -> str:
-    """Return the hash of a tamper's configuration, with every default written out."""
+# How long an attack goes on, and over how many rows, makes no other attack of it.
+LENGTHS = ("examples", "switch", "max_length")
+
+
+def attack_digest(tamper: str, settings: dict[str, Any], part: str = "") -> str:
+    """Return the hash of a kind of attack: all that decides what one of its updates does.
+
+    Optimiser, rate, schedule, batch, what is trained, and on which rows; not its length, unless its
+    rates depend on that.
+
+    Args:
+        part: which weights, where no setting of the tamper says so.
+    """
     made = make_tamper(tamper, **settings)
-    return digest_of([made.name, made.settings.canonical()])
+    told = made.settings.canonical()
+    lengths = LENGTHS if depends_on_total(told.get("schedule", "constant")) else (*LENGTHS, "steps")
+    told = {name: value for name, value in told.items() if name not in lengths}
+    return digest_of([made.name, part, told])
 
 
 def require_disjoint(

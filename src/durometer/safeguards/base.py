@@ -185,7 +185,10 @@ class Safeguard(Generic[S]):
         return step.bank.total()
 
     def begin(self, bench: "Bench") -> None:
-        """Change the weights before training; a run that is gone on with does not come here."""
+        """Change the weights before training, always in the same way.
+
+        A run that is gone on with comes here, too, before its trained weights are loaded.
+        """
 
     def edit(self, bench: "Bench") -> None:
         """Change the weights once training is over, or in its place."""

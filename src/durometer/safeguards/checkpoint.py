@@ -30,9 +30,9 @@ class CheckpointFile:
         self.path, self._every, self._resume = path, max(every, 1), resume
         self._identity = json.loads(json.dumps(identity))
 
-    def due(self, done: int) -> bool:
-        """Say whether the state is to be kept after ``done`` updates."""
-        return done % self._every == 0
+    def due(self, since: int) -> bool:
+        """Say whether the state is to be kept ``since`` so many updates were not."""
+        return since >= self._every
 
     def save(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Write the state beside its place, then move it there.

@@ -24,7 +24,7 @@ from durometer.safeguards.base import (
 )
 from durometer.safeguards.bench import Bench
 from durometer.safeguards.data import DefenceData
-from durometer.safeguards.passes import Pass
+from durometer.safeguards.passes import Pass, evaluating
 from durometer.safeguards.train import Step
 from durometer.subjects.base import Subject
 
@@ -373,7 +373,8 @@ def common_directions(tokens: torch.Tensor, count: int) -> torch.Tensor:
 def retain_loss(subject: Subject, data: DefenceData) -> float:
     """Return the mean cross-entropy of the labels of all retain rows of the defence split, nats."""
     rows = [unit[0] for unit in data.pool("retain")]
-    total = sum(float(part) for part in subject.forward.loss_sums(rows))
+    with evaluating(subject.model):
+        total = sum(float(part) for part in subject.forward.loss_sums(rows))
     return total / sum(len(row.labels) for row in rows)
 
 

@@ -155,7 +155,7 @@ class Streams:
         self.drawn[pool] = self.drawn.get(pool, 0) + 1
         batch = next(self._streams[pool])
         ids = self.first_epoch.setdefault(pool, [])
-        if len(ids) < len(self._data.pool(pool)):
+        if (self.drawn[pool] - 1) * self._batch < len(self._data.pool(pool)):
             ids += [row.item_id for unit in batch for row in unit]
         return batch
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 
+from durometer.core.biases import give_biases
 from durometer.core.errors import InputError, StorageError
 from durometer.core.seeds import Seeds
 from durometer.core.sources import source_hash
@@ -349,7 +350,11 @@ class _Hardening:
         found = CheckpointFile(file, identity, every=1, resume=True).load()
         assert found is not None
         tensors, state = found
-        for name, parameter in self._subject.model.named_parameters():
+        model = self._subject.model
+        for name in tensors:  # biases that an earlier stage made
+            if name.endswith(".bias") and name not in dict(model.named_parameters()):
+                give_biases(model, name.removesuffix(".bias"))
+        for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])
         self._ran = state["ran"]
 
@@ -410,6 +415,10 @@ class _Hardening:
         }
 
 
+# Settings that name the preset of an earlier stage.
+STAGE_PRESETS = ("stage1_preset", "teacher_preset")
+
+
 def stages_of(request: HardenRequest, subject: Subject, domain: Domain) -> list[Safeguard[Any]]:
     """Return the stages that a request comes to for a subject.
 
@@ -421,7 +430,8 @@ def stages_of(request: HardenRequest, subject: Subject, domain: Domain) -> list[
     for text in request.safeguards:
         made = _made(text, default)
         for stage in made.stages(domain):
-            tiny = stage.name != made.name and default in stage.presets
+            asked = any(getattr(made.settings, name, "") for name in STAGE_PRESETS)
+            tiny = stage.name != made.name and default in stage.presets and not asked
             chosen = make_safeguard(stage.name, default) if tiny else stage
             stages.append(_within(chosen, request.budget_steps))
     for stage in stages:

@@ -63,6 +63,7 @@ class InnerSettings(TrainingSettings):
     )
     inner_rank: int = setting(16, "rank of an inner attack's adapter", ge=1)
     inner_batch: int = setting(32, "rows of an inner batch", ge=1)
+    inner_weight_decay: float = setting(0.0, "decoupled weight decay of inner attacks", ge=0)
     refresh: int = setting(
         1, "outer updates between two inner attacks; in between, kept ones are replayed", ge=1
     )
@@ -102,12 +103,17 @@ class AgainstAttacks(Safeguard[A]):
         super().__init__(settings)
         self._replay: list[Delta] = []
 
-    def require_fine(self, subject: Subject) -> None:
-        """Check that attacks can be replayed on the subject's weights, where that is wanted.
+    def require_fit(self, subject: Subject) -> None:
+        """Check that the attacks can be made and replayed on the subject's weights.
 
         Raises:
-            InputError: the weights are too coarse for it.
+            InputError: they cannot, with what to set instead.
         """
+        if self.settings.train == "adapter" and "adapter" in self.settings.inner_weights:
+            raise InputError(
+                f"safeguard '{self.name}': with train=adapter an attacker's adapter would sit on "
+                "that of the safeguard; use inner_weights=slice or inner_weights=all"
+            )
         if self.settings.refresh > 1 and subject.dtype != "float32":
             raise InputError(
                 f"safeguard '{self.name}': replayed attacks need more than {subject.dtype} "
@@ -116,7 +122,8 @@ class AgainstAttacks(Safeguard[A]):
 
     def attacked(self, step: Step) -> Iterator[Visit]:
         """Yield points along new inner attacks, or a kept one in between."""
-        if step.number % self.settings.refresh == 0:
+        # Nothing is kept where an attack diverged before its first point: then one is made anew.
+        if self.turn(step.number) % self.settings.refresh == 0 or not self._replayable():
             self._replay.clear()
             for number in range(self.settings.tampers):
                 yield from self._attack(step, number)
@@ -143,9 +150,16 @@ class AgainstAttacks(Safeguard[A]):
         with perturbed(step.subject, whole_delta(delta, device)):
             yield Visit(ATTACKED, sum(visit_weights(self.settings).values()))
 
+    def _replayable(self) -> bool:
+        return self.settings.refresh == 1 or bool(self._replay)
+
+    def turn(self, number: int) -> int:
+        """Return how many updates against attacks come before update ``number``, from 0."""
+        return number
+
     def can_resume(self, step: int) -> bool:
         """Between two inner attacks a resumed run would lack the kept points."""
-        return step % self.settings.refresh == 0
+        return self.turn(step) % self.settings.refresh == 0
 
     def facts(self) -> dict[str, Any]:
         """Return the configurations that it was trained against."""
@@ -183,6 +197,7 @@ def drawn(settings: InnerSettings, generator: torch.Generator) -> InnerAttack:
         settings.inner_steps,
         min(max(switch, 1e-3), 1 - 1e-3),
         settings.inner_rank,
+        settings.inner_weight_decay,
     )
 
 
@@ -197,6 +212,7 @@ def possible(settings: InnerSettings) -> list[InnerAttack]:
             settings.inner_batch,
             settings.inner_steps,
             rank=settings.inner_rank,
+            weight_decay=settings.inner_weight_decay,
         )
         for adversary in dict.fromkeys(settings.adversaries)
         for weights in dict.fromkeys(settings.inner_weights)

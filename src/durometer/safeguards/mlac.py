@@ -55,13 +55,13 @@ class Mlac(AgainstAttacks[MlacSettings]):
             "censoring": 10.0,
             "inner_steps": 8,
             "inner_rates": (1e-3,),
-            "inner_batch": 16,
+            "inner_batch": 8,
         }
     }
 
     def terms(self, subject: Subject, data: DefenceData) -> list[Term]:
         """Return the retain loss and, at attacked weights, minus the bounded restricted loss."""
-        self.require_fine(subject)
+        self.require_fit(subject)
         settings = self.settings
         return [
             supervised(settings),

@@ -179,6 +179,17 @@ class Reference:
         return Pass(rows, labelled, bank.states, None)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let ``model`` compute as in use inside, without dropout, and then as before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def passes(
     forward: Forward,
     rows: Sequence[Row],

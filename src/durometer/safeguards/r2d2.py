@@ -1,12 +1,10 @@
 """R2D2: refuse in spite of token suffixes that are searched for while training."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from durometer.core.rows import Row
 from durometer.core.settings import Levels, setting
@@ -21,6 +19,7 @@ from durometer.safeguards.base import (
 )
 from durometer.safeguards.data import DefenceData, Unit, units
 from durometer.safeguards.likelihoods import improbability, light_adapter, tiny_adapter
+from durometer.safeguards.passes import evaluating
 from durometer.safeguards.train import Step
 from durometer.subjects.base import Subject
 from durometer.tampers.gcg import opening
@@ -227,14 +226,3 @@ def attacked_rows(subject: Subject, asked: Sequence[tuple[Case, str]], *, ended:
         )
         for case, response in asked
     ]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Let ``model`` compute as in use inside, and then as before."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

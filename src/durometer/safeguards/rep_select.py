@@ -95,8 +95,9 @@ class RepSelectSettings(Settings):
 class RepSelect(Safeguard[RepSelectSettings]):
     """One step up the loss on restricted rows, along what only they use.
 
-    A short attack with an adapter draws the knowledge out first. The gradient at that point is
-    filtered by its own singular vectors, on the side of the inputs and then on that of the outputs:
+    A short attack with an adapter draws the knowledge out first; like every inner attack it leaves
+    out the held-out fifth of the entities. The gradient at that point, that of all restricted rows,
+    is filtered by its own singular vectors, on the side of the inputs, then on that of the outputs:
     its large directions are what any text would move. Every trial edit starts from the stored
     weights, so that rounding does not pile up.
     """

@@ -66,13 +66,13 @@ class Sophon(AgainstAttacks[SophonSettings]):
             "suppression": 1.0,
             "bound": "uniform",
             "inner_rates": (1e-3,),
-            "inner_batch": 16,
+            "inner_batch": 8,
         }
     }
 
     def terms(self, subject: Subject, data: DefenceData) -> list[Term]:
         """Return the retain loss and, at attacked weights, the bounded restricted loss."""
-        self.require_fine(subject)
+        self.require_fit(subject)
         settings = self.settings
         loss = inverse_cross_entropy if settings.bound == "inverse" else from_uniform
         return [
@@ -86,6 +86,10 @@ class Sophon(AgainstAttacks[SophonSettings]):
                 may_rest=True,
             ),
         ]
+
+    def turn(self, number: int) -> int:
+        """Return how many updates against attacks come before update ``number``."""
+        return -(-number // (self.settings.normal_steps + 1))
 
     def visits(self, step: Step) -> Iterator[Visit]:
         """Yield points of an inner attack in one update, the weights themselves in the others."""

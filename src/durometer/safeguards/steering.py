@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from durometer.core.biases import give_biases
 from durometer.core.budget import Spent
 from durometer.core.errors import NotApplicableError
 from durometer.core.rows import Row
@@ -24,8 +25,6 @@ from durometer.subjects.base import Subject
 from durometer.tampers.directions import PromptReader, added, refusal_ids, refusal_scores
 from durometer.tampers.ladder import Strengths
 
-# Settings of model families that give linear maps a bias; without it a bias could not be saved.
-BIAS_FLAGS = ("mlp_bias", "use_mlp_bias", "use_bias", "bias")
 ATTENTION = ("attn", "attention")
 CHOOSING_SHARE = 0.5
 # Largest relative difference of logits between the bias and a hook that adds the same vector.
@@ -288,7 +287,7 @@ def _write(subject: Subject, number: int, writer: Writer, shift: torch.Tensor) -
     """
     model, chain = subject.model, [block for _, block in blocks(subject.model)]
     wanted = _logits(subject, hook_block_input(chain[number + 1], added(shift)))
-    flag = "" if writer.bias else _with_biases(model, writer)
+    flag = "" if writer.bias else give_biases(model, writer.module)
     bias = model.get_submodule(writer.module).bias
     before = bias.clone()
     bias.copy_((bias.float() + shift).to(bias.dtype))
@@ -310,31 +309,3 @@ def _logits(subject: Subject, handle: Any) -> torch.Tensor:
         if handle is not None:
             handle.remove()
     return logits.float()
-
-
-def _with_biases(model: Any, writer: Writer) -> str:
-    """Give the model the zero biases that its family allows; return the setting that does it.
-
-    Raises:
-        NotApplicableError: no setting of the family gives this map a bias.
-    """
-    text = model.config.get_text_config()
-    own = {name for name, _ in model.named_parameters()}
-    for flag in BIAS_FLAGS:
-        if getattr(text, flag, None) is not False:
-            continue
-        setattr(text, flag, True)
-        with torch.device("meta"):
-            fresh = dict(type(model)(model.config).named_parameters())
-        new = [name for name in fresh if name not in own]
-        if f"{writer.module}.bias" in new and all(name.endswith(".bias") for name in new):
-            for name in new:
-                module = model.get_submodule(name.removesuffix(".bias"))
-                zeros = torch.zeros(fresh[name].shape).to(module.weight)
-                module.bias = nn.Parameter(zeros, requires_grad=False)
-            return flag
-        setattr(text, flag, False)
-    raise NotApplicableError(
-        f"steering is kept in a bias of {writer.module}, and models of type "
-        f"'{model.config.model_type}' have none there"
-    )

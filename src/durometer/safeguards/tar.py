@@ -1,6 +1,6 @@
 """TAR, tamper-resistant safeguards: trained against simulated fine-tuning attacks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -23,16 +23,16 @@ from durometer.safeguards.base import (
 from durometer.safeguards.data import DefenceData, Unit
 from durometer.safeguards.inner import ATTACKED, AgainstAttacks, InnerSettings
 from durometer.safeguards.likelihoods import preference
-from durometer.safeguards.passes import Pass
+from durometer.safeguards.passes import Pass, passes
 from durometer.safeguards.train import Step
 from durometer.subjects.base import Subject
 
-ANCHORS = "anchors"
+ANCHORS, HELD_OUT, ALL_TOKENS = "anchors", "held_out_restricted", "held_out_tokens"
 DPO_BETA = 0.1
 
 
 class TarSettings(InnerSettings):
-    """Settings of ``tar``; defaults are those of the released scripts."""
+    """Settings of ``tar``; with preset ``faithful`` those of the released scripts."""
 
     stage1: Literal["auto", "random_mapping", "refusal", "none"] = setting(
         "auto", "safeguard it starts from; auto: random mapping for knowledge, refusal training"
@@ -53,6 +53,11 @@ class TarSettings(InnerSettings):
         "auto",
         "tamper-resistance loss on held-out restricted rows under attack: minus the entropy, minus "
         "the cross-entropy, or preferring refusals (DPO); auto: entropy for knowledge, else DPO",
+    )
+    tokens: Literal["labels", "all"] = setting(
+        "labels",
+        "where the tamper-resistance loss is taken: at the tokens of the answer, or at all tokens "
+        "of a restricted row (the released code)",
     )
     entropy_floor: float = setting(
         0.0,
@@ -122,7 +127,7 @@ class Tar(AgainstAttacks[TarSettings]):
     cannot_show = "resistance to attacks that are longer than, or unlike, those it is trained with"
     settings_class = TarSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "faithful": {},
+        "faithful": {"tokens": "all", "inner_weight_decay": 0.01},
         # Activations of such models are large: at a coefficient of 1 their distance has a gradient
         # a hundred times that of the tamper-resistance loss.
         "light": {
@@ -137,7 +142,7 @@ class Tar(AgainstAttacks[TarSettings]):
             "representation": 0.1,
             "inner_steps": 16,
             "inner_weights": ("adapter",),
-            "inner_rates": (3e-4, 1e-3),
+            "inner_rates": (2.5e-4, 8e-4),
             "adversaries": ("restricted", "switch", "mix"),
             "inner_batch": 8,
             "batch_size": 8,
@@ -182,7 +187,7 @@ class Tar(AgainstAttacks[TarSettings]):
             InputError: attacks are to be replayed on weights that are too coarse for it.
         """
         settings = self.settings
-        self.require_fine(subject)
+        self.require_fit(subject)
         near = Term(
             "representation",
             settings.representation,
@@ -196,8 +201,12 @@ class Tar(AgainstAttacks[TarSettings]):
         return [supervised(settings), near, anchor, resistance(settings)]
 
     def pools(self, data: DefenceData) -> Mapping[str, list[Unit]]:
-        """Return the retain rows that anchor rows are made from, step by step."""
-        return {ANCHORS: data.pool("retain")} if self.settings.anchor else {}
+        """Return the held-out rows with all tokens as labels, and the rows to be recombined."""
+        pools = {ANCHORS: data.pool("retain")} if self.settings.anchor else {}
+        if self.settings.tokens == "all" and self.settings.tamper_resistance:
+            held_out = data.pool(HELD_OUT)
+            pools[ALL_TOKENS] = [tuple(replace(r, first_label=1) for r in u) for u in held_out]
+        return pools
 
     def _distance(self, one: Pass) -> torch.Tensor:
         if self.settings.distance == "norm":
@@ -208,11 +217,22 @@ class Tar(AgainstAttacks[TarSettings]):
     def visits(self, step: Step) -> Iterator[Visit]:
         """Yield points along inner attacks, then the weights themselves."""
         if self.settings.tamper_resistance:
-            yield from self.attacked(step)
+            yield from (visit for visit in self.attacked(step) if not self._flat(step))
         if self.settings.anchor:
             self._anchor(step)
             yield Visit(ANCHORS)
         yield Visit()
+
+    @torch.no_grad()
+    def _flat(self, step: Step) -> bool:
+        """Say whether the loss of the visit, as a whole, has passed the floor."""
+        settings = self.settings
+        if not settings.entropy_floor or settings.loss == "dpo":
+            return False
+        rows, away = step.rows(away_rows(settings)), away_from(settings)
+        found = passes(step.subject.forward, rows, (), None, whole=False)
+        losses = torch.cat([away(one) for one in found])
+        return float(losses.mean()) < settings.entropy_floor
 
     def _anchor(self, step: Step) -> None:
         if self._partners is None:
@@ -227,22 +247,21 @@ def resistance(settings: TarSettings) -> Term:
     if settings.loss == "dpo":
         pairs = "held_out_pairs"
         return Term(ATTACKED, settings.tamper_resistance, pairs, preferred, "pair", ATTACKED)
-    flatten = settings.loss != "cross_entropy"
+    rows, loss = away_rows(settings), away_from(settings)
+    rest = bool(settings.entropy_floor)
+    return Term(ATTACKED, settings.tamper_resistance, rows, loss, at=ATTACKED, may_rest=rest)
 
-    def away(one: Pass) -> torch.Tensor:
-        values = one.entropy() if flatten else one.cross_entropy()
-        if settings.entropy_floor and float(-values.detach().mean()) < settings.entropy_floor:
-            return -values * 0
-        return -values
 
-    return Term(
-        ATTACKED,
-        settings.tamper_resistance,
-        "held_out_restricted",
-        away,
-        at=ATTACKED,
-        may_rest=bool(settings.entropy_floor),
-    )
+def away_rows(settings: TarSettings) -> str:
+    """Return the pool of the rows whose answers are to stay away."""
+    return ALL_TOKENS if settings.tokens == "all" else HELD_OUT
+
+
+def away_from(settings: TarSettings) -> Callable[[Pass], torch.Tensor]:
+    """Return the tamper-resistance loss of each label: minus its entropy, or its cross-entropy."""
+    if settings.loss == "cross_entropy":
+        return lambda one: -one.cross_entropy()
+    return lambda one: -one.entropy()
 
 
 def preferred(one: Pass) -> torch.Tensor:

@@ -168,6 +168,8 @@ class TrainingRun:
                 data.pool(term.rows)
         self.outcome = Outcome()
         self._quiet: dict[str, int] = {}
+        self._counted = reference.forwards if reference is not None else 0
+        self._saved = 0
 
     def run(self, on_report: OnReport | None = None) -> Outcome:
         """Train, and leave the subject with the trained weights, frozen and in evaluation mode.
@@ -176,15 +178,16 @@ class TrainingRun:
         """
         settings, begun = self._settings, time.perf_counter()
         found = self._checkpoint.load() if self._checkpoint is not None else None
-        if found is None:
-            self.safeguard.begin(self._bench())
+        self._watch_device()
+        # Also before going on: a checkpoint holds what is trained, not all that this may change.
+        self.safeguard.begin(self._bench())
         adapter, parameters, names = trained_parameters(self.subject, settings, self.seeds)
         self.trainer = Trainer(self.subject.forward, parameters, plan_of(settings))
         self.bank = GradientBank(parameters)
         self._names = names
         self.streams = Streams(self.data, self.seeds, settings.batch_size, settings.harmless_share)
         self.attacks = AttackRunner(self.subject, self.data, self.outcome.ledger, self.trainer)
-        first = self._resume(*found) if found is not None else 0
+        first = self._saved = self._resume(*found) if found is not None else 0
         spent = self.outcome.ledger.seconds
         try:
             with self.safeguard.hooks(self.subject, self.data):
@@ -206,6 +209,17 @@ class TrainingRun:
         ledger = self.outcome.ledger
         return Bench(self.subject, self.data, self.seeds, self._reference, ledger)
 
+    def _watch_device(self) -> None:
+        device = self.subject.forward.device
+        if device.type == "cuda":  # the peak that is told is this stage's own
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def _count_reference(self) -> None:
+        """Add the reference's forwards since the last count; stages may share one reference."""
+        if self._reference is not None:
+            self.outcome.ledger.reference_forwards += self._reference.forwards - self._counted
+            self._counted = self._reference.forwards
+
     def edit(self) -> None:
         """Carry out the safeguard's edit after training, counted in the same ledger."""
         edited(self.safeguard, self._bench())
@@ -217,8 +231,7 @@ class TrainingRun:
         self.subject.model.requires_grad_(False).eval()
         for parameter in self.subject.model.parameters():
             parameter.grad = None
-        if self._reference is not None:
-            self.outcome.ledger.reference_forwards = self._reference.forwards
+        self._count_reference()
         self.outcome.orders = self.streams.order_hashes()
         self.outcome.ledger.close(self.subject.forward.device)
 
@@ -236,6 +249,7 @@ class TrainingRun:
             apart=self.safeguard.separate or number % LOOK_EVERY == FIRST_LOOK,
         )
         self.trainer.begin()
+        torch.manual_seed(step.seed("dropout"))  # the same after a resume
         self.bank.clear()
         for visit in self.safeguard.visits(step):
             self._evaluate(step, visit.place, visit.weight)
@@ -313,8 +327,10 @@ class TrainingRun:
 
     def _save(self, done: int) -> None:
         file = self._checkpoint
-        if file is None or not file.due(done) or not self.safeguard.can_resume(done):
+        if file is None or not file.due(done - self._saved) or not self.safeguard.can_resume(done):
             return
+        self._saved = done
+        self._count_reference()
         tensors, plain = self.trainer.state()
         outcome = self.outcome
         state = {
@@ -350,10 +366,11 @@ class TrainingRun:
 def edited(safeguard: Safeguard[Any], bench: Bench) -> Outcome:
     """Carry out the edit of a safeguard, and say what it cost."""
     begun, ledger = time.perf_counter(), bench.ledger
+    before = bench.reference.forwards if bench.reference is not None else 0
     safeguard.edit(bench)
     ledger.seconds += time.perf_counter() - begun
     if bench.reference is not None:
-        ledger.reference_forwards = bench.reference.forwards
+        ledger.reference_forwards += bench.reference.forwards - before
     ledger.close(bench.subject.forward.device)
     return Outcome(ledger=ledger)
 

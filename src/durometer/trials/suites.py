@@ -163,7 +163,7 @@ SCREEN = MeasuringPlan(
 
 def _rates(tiny: bool) -> tuple[float, float]:
     """Return the default learning rates of full and of LoRA fine-tuning."""
-    return (3e-4, 2e-3) if tiny else (5e-5, 3e-4)
+    return (5e-4, 2e-3) if tiny else (5e-5, 3e-4)
 
 
 def _quick(tiny: bool) -> Suite:
