@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,21 @@ def test_a_toml_file_holds_stages(tmp_path: Path, files: Files) -> None:
     file.write_text('[[stage]]\nsafeguard = "tar"\nstep = 3\n', "utf-8")
     with pytest.raises(InputError, match=r"f\.toml: .*steps"):
         read_config(file, {"safeguard": False})
+
+
+HARDEN_PAGE = Path(__file__).parent.parent / "docs" / "harden.md"
+ATTACK = '[[attack]]\ntamper = "lora"\nlearning_rate = 1e-2\ntargets = "attention"\n'
+
+
+@pytest.mark.parametrize("command", ["harden", "stress"])
+def test_tables_of_a_toml_file_are_read_in_a_fresh_process(command: str, tmp_path: Path) -> None:
+    """Options are read before any command has imported the methods that they name."""
+    found = re.search(r"```toml\n(.*?)```", HARDEN_PAGE.read_text("utf-8"), re.S)
+    assert found is not None
+    file = tmp_path / "f.toml"
+    file.write_text(found[1] if command == "harden" else ATTACK, "utf-8")
+    done = cli_world.process(command, "--config", str(file))
+    assert (done.returncode, done.stderr.startswith("error: name a subject")) == (2, True)
 
 
 # ---- chat --------------------------------------------------------------------------------------
