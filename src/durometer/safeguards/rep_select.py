@@ -16,7 +16,9 @@ from durometer.safeguards.attacks import InnerAttack
 from durometer.safeguards.banks import GradientBank, perturbed
 from durometer.safeguards.base import ReferencePoint, Safeguard, safeguard
 from durometer.safeguards.bench import Bench
+from durometer.safeguards.data import DefenceData
 from durometer.safeguards.passes import passes
+from durometer.subjects.base import Subject
 
 Pool = Literal["restricted", "retain"]
 Collapse = Literal["soft", "quadratic", "hard"]
@@ -128,6 +130,12 @@ class RepSelect(Safeguard[RepSelectSettings]):
     def reference(self) -> ReferencePoint | None:
         """The model before the edit, whose predictions on retain rows are to stay."""
         return "stage_start"
+
+    def require(self, subject: Subject, data: DefenceData) -> None:
+        """Look for the rows that the edit reads."""
+        attacked = ["inner_restricted"] if self.settings.elicit_rate else []
+        for pool in ("restricted", self.settings.directions_of, "retain", *attacked):
+            data.pool(pool)
 
     def edit(self, bench: Bench) -> None:
         """Edit the MLPs.
