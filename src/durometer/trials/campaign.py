@@ -467,7 +467,6 @@ def require_safeguarded(campaign: Campaign) -> None:
                 f"the {which} cannot be measured: its outputs on {len(lost)} items are not "
                 "finite numbers; look for NaN in its weights, or compute with --dtype float32"
             )
-    _require_changed(campaign)
     start = campaign.baselines["subject"]
     own = success_rate(start.checkpoints, Split.REPORT)
     chance = campaign.domain.chance
@@ -484,6 +483,7 @@ def require_safeguarded(campaign: Campaign) -> None:
             f"the restricted answers and refuses {100 * refused:.0f} % before any tamper; "
             "nothing to break"
         )
+    _require_changed(campaign)
 
 
 def _require_changed(campaign: Campaign) -> None:
