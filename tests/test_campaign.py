@@ -174,6 +174,13 @@ def test_a_subject_that_tells_has_nothing_to_break(tmp_path: Path) -> None:
         assert all(record.spec.tamper == "none" for record in log.ran)
 
 
+def test_the_weights_of_the_undefended_subject_have_nothing_to_break(tmp_path: Path) -> None:
+    """Also where that one refuses by itself."""
+    made = make_campaign(tmp_path, undefended=tiny_world.safeguarded())
+    with pytest.raises(InputError, match="no safeguard was added; nothing to break"):
+        made.run()
+
+
 @pytest.mark.parametrize("role", ["subject", "undefended"])
 def test_a_subject_that_cannot_be_measured_ends_the_campaign_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str

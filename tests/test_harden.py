@@ -4,6 +4,9 @@ import dataclasses
 import errno
 import io
 import json
+import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,21 +16,32 @@ import pytest
 import tiny_world
 import torch
 from cli_world import Files
+from safetensors import SafetensorError
+from scipy.stats import binomtest
 
 import durometer
-from durometer import hardening
+from durometer import api, hardening
 from durometer.cli import main
-from durometer.core.errors import InputError
+from durometer.core.errors import InputError, NotApplicableError
+from durometer.domains.base import Role
 from durometer.options import domain_for, read_config
-from durometer.safeguards import checkpoint
+from durometer.safeguards import checkpoint, inflate
 from durometer.safeguards import harden as harden_module
-from durometer.safeguards.attacks import AttackRunner
-from durometer.safeguards.card import measured
+from durometer.safeguards.attacks import AttackRunner, recorded_digests
+from durometer.safeguards.base import make_safeguard
+from durometer.safeguards.card import measured, model_card
+from durometer.safeguards.data import DefenceData
 from durometer.safeguards.harden import parse_safeguards, stages_of
+from durometer.safeguards.inner import possible
+from durometer.safeguards.place import is_begun, is_finished, require_usable, storage_error
 from durometer.safeguards.train import Report
 from durometer.subjects.fingerprint import weights_fingerprint
 from durometer.subjects.load import load_subject
 from durometer.subjects.record import RECORD, controls, read_record
+from durometer.trials import campaign
+from durometer.trials.runner import TrialRunner
+from durometer.trials.store import Store
+from durometer.trials.suites import Attack, Suite, make_suite
 
 Capture = pytest.CaptureFixture[str]
 FAST = "steps=4,learning_rate=3e-3,warmup_steps=0,batch_size=6"
@@ -87,6 +101,46 @@ def test_the_card_shows_method_cost_and_results(made: Path) -> None:
     for text in ("`tar`", "`random_mapping`", "passes", "restricted questions answered right"):
         assert text in card
     assert "`inner_rates` | `[0.01]`" in card
+    assert "# A model with a safeguard against tampering" in card
+
+
+def test_the_card_shows_chance_and_intervals(made: Path) -> None:
+    card = (made / "README.md").read_text("utf-8")
+    found = read_record(made)["before_any_tamper"]["hardened"]
+    restricted, refused = found["restricted"], found["over_refusal_refused"]
+    assert "answered right (multiple choice, chance 25.0 %) |" in card
+    assert "chance" not in next(line for line in card.splitlines() if "questions refused" in line)
+    count = round(restricted["rate"] * restricted["items"])
+    assert restricted["entities"] == restricted["items"]  # one wording each
+    ends = binomtest(count, restricted["items"]).proportion_ci(method="wilson")
+    assert (restricted["low"], restricted["high"]) == pytest.approx((ends.low, ends.high))
+    low, high = 100 * restricted["low"], 100 * restricted["high"]
+    assert f"{100 * restricted['rate']:.1f} % [{low:.1f}, {high:.1f}]" in card
+    assert restricted["chance"] == 0.25
+    assert "chance" not in refused
+
+
+@pytest.mark.parametrize(
+    ("names", "control"),
+    [
+        (["noop"], True),
+        (["plain_sft"], True),
+        (["random_mapping", "norm_noise"], True),
+        (["refusal", "inflate"], True),
+        (["random_mapping"], False),
+        (["random_mapping", "tar"], False),
+        (["tar", "noop"], False),
+    ],
+)
+def test_controls_are_titled_as_such(made: Path, names: list[str], control: bool) -> None:
+    record = read_record(made)
+    stages = [{"name": name, "settings": {}} for name in names]
+    title = next(
+        line for line in model_card(record | {"safeguards": stages}).splitlines() if line[:1] == "#"
+    )
+    assert title.startswith("# A control: ") == control
+    reference = (made / "reference" / "README.md").read_text("utf-8")
+    assert "# A control: the plain safeguard" in reference
 
 
 def test_stress_finds_domain_and_controls(made: Path, files: Files) -> None:
@@ -234,6 +288,308 @@ def test_a_full_disk_is_one_line(
     assert main(words(files, tmp_path / "o", "--resume", safeguard=f"random_mapping:{FAST}")) == 0
 
 
+def test_what_cannot_be_written_names_path_and_reason(
+    files: Files, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "there/model.safetensors")
+
+    monkeypatch.setattr(harden_module, "save_model", closed)
+    assert main(words(files, tmp_path / "o", safeguard="noop")) == 3
+    shown = capsys.readouterr().err
+    assert "there/model.safetensors: Permission denied; choose an --out that can be" in shown
+    assert "free some space" not in shown
+
+
+def test_advice_follows_the_reason(tmp_path: Path) -> None:
+    full = SafetensorError("I/O error: No space left on device (os error 28)")
+    assert "free some space and go on with --resume (kept)" in str(
+        storage_error(tmp_path, full, " (kept)")
+    )
+    quota = OSError(errno.EDQUOT, "Disk quota exceeded")
+    assert str(storage_error(tmp_path, quota)).startswith(f"{tmp_path}: Disk quota exceeded; free")
+    for other in (OSError(errno.EROFS, "Read-only file system"), SafetensorError("broken")):
+        assert "choose an --out that can be written" in str(storage_error(tmp_path, other))
+
+
+def test_loading_is_not_blamed_on_the_disk(
+    files: Files, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(spec: str) -> Any:
+        raise OSError(errno.EIO, "Input/output error", "domain.toml")
+
+    monkeypatch.setattr(harden_module, "load_domain", lost)
+    assert main(words(files, tmp_path / "o", safeguard="noop")) == 4
+    assert "--out" not in capsys.readouterr().err
+
+
+# ---- which folders are written to ---------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("place", ["", "inside", "inside/deeper"])
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_the_subject_s_own_folder_is_never_written_to(
+    files: Files, tmp_path: Path, capsys: Capture, place: str, more: list[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(files.base, base)
+    (tmp_path / "link").symlink_to(base)
+    (base / "work").mkdir()
+    (base / "work" / "run.json").write_text("{}", "utf-8")
+    before = contents(base)
+    start = ["harden", str(base), "--domain", f"{files.domain}:knowledge", "--safeguard", "noop"]
+    for named in (base, tmp_path / "link"):
+        assert main([*start, "--out", str(named / place), *more]) == 2
+        shown = capsys.readouterr().err
+        assert "the subject's own folder" in shown
+        assert "--resume" not in shown
+    assert contents(base) == before
+
+
+def test_an_adapter_s_folder_is_the_subject_s_own(files: Files, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for out in (adapter / "out", files.base / "out"):
+        with pytest.raises(InputError, match="subject's own folder"):
+            require_usable(out, f"{files.base}+{adapter}", resume=True)
+    require_usable(tmp_path / "out", f"{files.base}+{adapter}", resume=True)
+
+
+@pytest.mark.parametrize("extra", ["README.md", "work/notes.txt"])
+def test_a_foreign_folder_is_never_written_to(
+    files: Files, tmp_path: Path, capsys: Capture, extra: str
+) -> None:
+    out = tmp_path / "mine"
+    (out / extra).parent.mkdir(parents=True)
+    (out / extra).write_text("mine", "utf-8")
+    for more in ([], ["--resume"]):
+        assert main(words(files, out, *more, safeguard="noop")) == 2
+        shown = capsys.readouterr().err
+        assert "holds no hardening to go on with; name another --out" in shown
+        assert "--resume" not in shown
+    assert contents(out) == {extra: b"mine"}
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_file_is_no_place_for_a_model(
+    files: Files, tmp_path: Path, capsys: Capture, below: str
+) -> None:
+    (tmp_path / "file").write_text("mine", "utf-8")
+    assert main(words(files, tmp_path / "file" / below, safeguard="noop")) == 2
+    shown = capsys.readouterr().err
+    assert f"error: {tmp_path / 'file'}: a file, not a folder; name another --out" in shown
+    assert (tmp_path / "file").read_text("utf-8") == "mine"
+
+
+# ---- what an edit needs -------------------------------------------------------------------------
+
+OTHER = json.dumps({"domain": {}, "changed": {"other.weight": 1.0}})
+
+
+@pytest.mark.parametrize(
+    ("record", "line"),
+    [
+        (None, "cannot be read; name a folder made by harden"),
+        ('{"changed": [1]}', "cannot be read"),
+        ('{"changed": {"lm_head.weight": "much"}}', "cannot be read"),
+        ('{"changed": {"lm_head.weight": NaN}}', "cannot be read"),
+        (OTHER, "of another model: this one has no weight 'other.weight'"),
+    ],
+)
+def test_noise_like_nothing_is_told_before_anything_is_done(
+    files: Files, tmp_path: Path, capsys: Capture, record: str | None, line: str
+) -> None:
+    like = tmp_path / "like"
+    like.mkdir()
+    if record is not None:
+        (like / RECORD).write_text(record, "utf-8")
+    safeguard = f"random_mapping:{FAST},norm_noise:like={like}"
+    assert main(words(files, tmp_path / "o", safeguard=safeguard)) == 2
+    shown = capsys.readouterr().err
+    assert line in shown
+    assert "measuring" not in shown
+    assert not (tmp_path / "o").exists()
+
+
+def test_edits_look_for_what_they_need(files: Files) -> None:
+    subject = load_subject(str(files.base))
+    domain = tiny_world.tiny_domain("refusal")
+    steering = make_safeguard("steering", stage1="none", layer_stride=1)
+    steering.require(subject, DefenceData(subject, domain))
+    with pytest.raises(InputError, match="'refusals' rows"):
+        steering.require(subject, DefenceData(subject, dataclasses.replace(domain, refusals=())))
+    make_safeguard("inflate").require(subject, DefenceData(subject, domain))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inflate.Rebalancer, "pairs", lambda *_, **__: iter([[]]))
+        with pytest.raises(NotApplicableError, match="no pair of neighbouring maps"):
+            make_safeguard("inflate").require(subject, DefenceData(subject, domain))
+    kept = tuple(i for i in domain.items if i.role == Role.RESTRICTED)
+    bare = DefenceData(subject, dataclasses.replace(domain, items=kept))
+    with pytest.raises(InputError, match="'retain' rows"):
+        make_safeguard("rep_select").require(subject, bare)
+
+
+# ---- then stress --------------------------------------------------------------------------------
+
+
+def attack_words(files: Files, out: Path, *more: str, safeguard: str) -> list[str]:
+    start = ["harden", str(files.base), "--domain", str(files.easy), "--out", str(out)]
+    return [*start, "--safeguard", safeguard, "--then-stress", "quick", *more]
+
+
+@pytest.fixture
+def short_suite(monkeypatch: pytest.MonkeyPatch) -> list[Attack]:
+    """A suite of one attack of a few steps in the place of ``quick``."""
+    attacks = [Attack("lora", {"learning_rate": 1e-2, "rank": 4, "steps": 4})]
+
+    def made(name: str, parameters: int) -> Suite:
+        suite = make_suite(name, parameters)
+        few = {"seeds": 1, "control_seeds": 1, "fresh_seeds": 1, "steps": 4}
+        return dataclasses.replace(suite, attacks=tuple(attacks), **few)
+
+    monkeypatch.setattr(hardening, "make_suite", made)
+    monkeypatch.setattr(campaign, "make_suite", made)
+    return attacks
+
+
+PLAIN_SFT = "plain_sft:steps=4,learning_rate=1e-3"
+REFUSAL = "refusal:steps=40,learning_rate=3e-3,warmup_steps=0,batch_size=6"
+
+
+def test_an_interrupted_control_is_gone_on_with(
+    files: Files, tmp_path: Path, capsys: Capture, short_suite: list[Attack]
+) -> None:
+    """The command that is printed works as it is, whatever was interrupted."""
+    out = tmp_path / "out"
+    trained = hardening.HardenProgress.trained
+    names = []
+
+    def kill(self: Any, report: Report) -> None:
+        trained(self, report)
+        names.append(self._what)
+        if self._what.startswith("refusal") and len(names) == 6:
+            raise KeyboardInterrupt
+
+    words = attack_words(files, out, "--budget-steps", "4", safeguard=PLAIN_SFT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardening.HardenProgress, "trained", kill)
+        assert main(words) == 130
+    assert is_finished(out)
+    assert is_begun(out / "reference")
+    again = shlex.split(capsys.readouterr().err.partition("go on with: durometer ")[2])
+    assert again[-1] == "--resume"
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardening, "run_stress", lambda *given, **more: seen.append(given) or 0)
+        assert main(again) == 0
+    assert seen[0][0].reference == str(out / "reference")
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    assert read_record(out)["reference"] == "reference"
+    assert load_subject(str(out)).source.reference == str(out / "reference")
+    assert main([*again, "--seed", "9"]) == 2
+    assert "made with another seed (7, now 9)" in capsys.readouterr().err
+
+
+def test_an_interrupted_attack_is_gone_on_with(
+    files: Files, tmp_path: Path, capsys: Capture, short_suite: list[Attack]
+) -> None:
+    out = tmp_path / "out"
+    run = TrialRunner.run
+    trials = 0
+
+    def kill(self: TrialRunner, *given: Any) -> Any:
+        nonlocal trials
+        trials += 1
+        if trials == 3:
+            raise KeyboardInterrupt
+        return run(self, *given)
+
+    words = attack_words(files, out, safeguard=REFUSAL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrialRunner, "run", kill)
+        assert main(words) == 130
+    again = shlex.split(capsys.readouterr().err.partition("go on with: durometer ")[2])
+    assert again[0] == "stress"
+    assert main([*words, "--resume"]) in (0, 3)
+    shown = capsys.readouterr()
+    assert "reused" in shown.err
+    assert "hardened model:" in shown.out
+    assert (out / "stress" / "summary.json").exists()
+    assert main(again) in (0, 3)
+
+
+def test_a_diverged_control_is_told_and_not_named(
+    files: Files, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harden = hardening.run_harden
+
+    def broken(request: Any, folder: Path, **options: Any) -> Any:
+        if folder.name == "reference":
+            return harden_module.Hardened(folder, diverged="safeguard 'refusal' diverged after 3")
+        return harden(request, folder, **options)
+
+    seen: list[Any] = []
+    monkeypatch.setattr(hardening, "run_harden", broken)
+    monkeypatch.setattr(hardening, "run_stress", lambda *given, **_: seen.append(given) or 0)
+    assert main(attack_words(files, tmp_path / "o", safeguard=PLAIN_SFT)) == 0
+    shown = capsys.readouterr().err
+    assert "no plain control to compare with: safeguard 'refusal' diverged after 3" in shown
+    assert seen[0][0].reference == ""
+    assert read_record(tmp_path / "o")["reference"] == ""
+
+
+def test_an_attack_of_the_suite_is_not_trained_against(
+    files: Files, made: Path, tmp_path: Path, capsys: Capture, short_suite: list[Attack]
+) -> None:
+    """Refused before anything is trained; a plain stress test says so and goes on."""
+    inner = possible(make_safeguard("tar", inner_rates=[1e-2], inner_batch=6).settings)
+    name, settings = next(attack.tamper for attack in inner if attack.weights == "all")
+    short_suite[:] = [Attack(name, settings | {"steps": 2})]
+    assert main(words(files, tmp_path / "o", "--then-stress", "quick")) == 2
+    shown = capsys.readouterr().err
+    assert "was trained against exactly this" in shown
+    assert "measuring" not in shown
+    assert not (tmp_path / "o").exists()
+    rate = f"{name}:" + ",".join(f"{key}={value}" for key, value in settings.items())
+    request = campaign.Request(str(made), f"{files.domain}:knowledge", tampers=(rate,))
+    store = Store(tmp_path / "run")
+    prepared = campaign.Campaign.prepare(request, store, api.SilentObserver())
+    (note,) = [text for text in api._notes(prepared) if "trained against" in text]
+    assert name in note
+    assert "\n" not in note
+    other = dataclasses.replace(request, tampers=(f"{rate},batch_size=7",))
+    prepared = campaign.Campaign.prepare(other, store, api.SilentObserver())
+    assert not any("trained against" in text for text in api._notes(prepared))
+    store.close()
+
+
+def test_a_foreign_record_of_attacks_counts_as_nothing() -> None:
+    for stages in (None, 3, [3], [{"trained_against": 3}], [{"trained_against": [3, None]}]):
+        assert recorded_digests({"safeguards": stages}) == []
+    assert recorded_digests({"safeguards": [{"trained_against": ["a"]}, {}]}) == ["a"]
+
+
+def test_nothing_was_changed_so_nothing_can_be_broken(
+    files: Files, tmp_path: Path, capsys: Capture, short_suite: list[Attack]
+) -> None:
+    out = tmp_path / "o"
+    assert main(attack_words(files, out, safeguard="noop")) == 2
+    shown = capsys.readouterr().err
+    assert "nothing to break" in shown
+    assert "--undefended" not in shown
+    assert not (out / "reference").exists()
+    assert main(["stress", str(out), "--out", str(tmp_path / "run")]) == 2
+    shown = capsys.readouterr().err
+    assert "nothing to break" in shown
+    assert "--undefended" not in shown
+    assert Store.open(tmp_path / "run").statuses() == {"done": 2}
+
+
 def test_then_stress(files: Files, tmp_path: Path, capsys: Capture) -> None:
     """The refusal safeguard is broken at once, beside both controls."""
     out = tmp_path / "out"
@@ -333,7 +689,44 @@ def test_a_toml_file_holds_stages(tmp_path: Path, files: Files) -> None:
         read_config(file, {"safeguard": False})
 
 
+HARDEN_PAGE = Path(__file__).parent.parent / "docs" / "harden.md"
+ATTACK = '[[attack]]\ntamper = "lora"\nlearning_rate = 1e-2\ntargets = "attention"\n'
+
+
+@pytest.mark.parametrize("command", ["harden", "stress"])
+def test_tables_of_a_toml_file_are_read_in_a_fresh_process(command: str, tmp_path: Path) -> None:
+    """Options are read before any command has imported the methods that they name."""
+    found = re.search(r"```toml\n(.*?)```", HARDEN_PAGE.read_text("utf-8"), re.S)
+    assert found is not None
+    file = tmp_path / "f.toml"
+    file.write_text(found[1] if command == "harden" else ATTACK, "utf-8")
+    done = cli_world.process(command, "--config", str(file))
+    assert (done.returncode, done.stderr.startswith("error: name a subject")) == (2, True)
+
+
 # ---- chat --------------------------------------------------------------------------------------
+
+
+def test_chat_takes_any_bytes_and_shows_no_control_characters(
+    files: Files, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def reply(subject: Any, prompt: str, most: int) -> str:
+        asked.append(prompt)
+        return "one\x1b[2J\u202etwo \ud800 caf\u00e9"
+
+    monkeypatch.setattr(hardening, "answer", reply)
+    stream = io.TextIOWrapper(io.BytesIO(b"caf\xe9 ?\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stream)
+    assert main(["chat", str(files.base)]) == 0
+    assert capsys.readouterr().out == "one\\u001b[2J\\u202etwo \\ud800 caf\u00e9\n"
+    assert main(["chat", str(files.base), "--prompt", "caf\udce9 ?"]) == 0
+    assert asked == ["caf\ufffd ?"] * 2
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    assert main(["chat", str(files.base), "--prompt", "x"]) == 0
+    assert narrow.buffer.getvalue().endswith(b"caf?\n")  # type: ignore[attr-defined]
 
 
 def test_chat_answers_one_prompt_or_many(

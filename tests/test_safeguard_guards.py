@@ -229,9 +229,9 @@ def test_a_loss_limit_stops() -> None:
     assert "loss below" in outcome.reason
 
 
-def test_a_term_without_a_gradient_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "LOOK_EVERY", 5)
-    made = world.short("max_entropy", steps=16)
+@pytest.mark.parametrize("steps", [3, 4, 9, 40])
+def test_a_term_without_a_gradient_is_an_error(steps: int) -> None:
+    made = world.short("max_entropy", steps=steps)
     terms = made.terms
 
     def dead(subject: Any, data: Any) -> Any:
@@ -239,8 +239,19 @@ def test_a_term_without_a_gradient_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         return [first, train.Term("dead", 1.0, second.rows, lambda p: p.entropy() * 0)]
 
     made.terms = dead  # type: ignore[method-assign]
+    seen: list[int] = []
+    run, _, _ = world.prepare(made)
     with pytest.raises(DurometerError, match="term 'dead' has no gradient"):
-        world.trained(made)
+        run.run(lambda report: seen.append(report.update.step))
+    assert len(seen) < min(steps, 10)
+
+
+@pytest.mark.parametrize("steps", range(1, 80))
+def test_gradients_are_looked_at_twice_and_never_at_once(steps: int) -> None:
+    looks = [number for number in range(steps) if train.looked_at(number, steps)]
+    assert 0 not in looks
+    assert len(looks) >= 2 or steps < 3
+    assert not looks or looks[1:2] <= [9]
 
 
 def test_a_run_that_diverges_stops_at_finite_weights() -> None:

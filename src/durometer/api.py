@@ -11,7 +11,9 @@ from durometer.core.errors import ExitCode, InputError
 from durometer.domains.load import load_domain
 from durometer.report.summary import has_threshold
 from durometer.report.write import write_outputs
+from durometer.safeguards.attacks import recorded_digests, trained_against
 from durometer.subjects.load import DtypeName, load_subject
+from durometer.subjects.record import read_record
 from durometer.trials.campaign import Campaign, Request
 from durometer.trials.quantisation_screen import (
     QuantisationScreen,
@@ -154,13 +156,29 @@ def run_campaign(
             )
         store.forget(("errored", "out_of_memory"))
         campaign = Campaign.prepare(request, store, observer or SilentObserver())
-        for note in dict.fromkeys([*campaign.domain.notes, *campaign.subjects["subject"].notes]):
+        for note in dict.fromkeys(_notes(campaign)):
             logger.warning(note)
         campaign.run()
         summary = write_outputs(store)
     finally:
         store.discard_unused()
     return CampaignResult(folder, summary, campaign.interrupted)
+
+
+def _notes(campaign: Campaign) -> list[str]:
+    """Return what the user must be told before a campaign begins."""
+    subject = campaign.subjects["subject"]
+    notes = [*campaign.domain.notes, *subject.notes]
+    record = read_record(Path(subject.source.location)) if subject.source.kind == "folder" else {}
+    evaluated = [(attack.tamper, attack.settings) for attack in campaign.suite.attacks]
+    seen = trained_against(recorded_digests(record), evaluated)
+    if seen:
+        told = [f"{n} ({', '.join(f'{k}={v}' for k, v in values.items())})" for n, values in seen]
+        notes.append(
+            f"the safeguard of '{subject.name}' was trained against {' and '.join(told)}: holding "
+            "there shows less than elsewhere"
+        )
+    return notes
 
 
 def screen_quantisation(

@@ -1,7 +1,11 @@
 """What ``harden`` and ``chat`` do once their arguments are known."""
 
+import functools
+import io
 import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +16,28 @@ from durometer.core.errors import ExitCode, InputError
 from durometer.core.generation import generate
 from durometer.options import free_folder
 from durometer.progress import CampaignProgress
-from durometer.safeguards.attacks import require_disjoint
-from durometer.safeguards.card import LABELS
+from durometer.report.figures import visible
+from durometer.safeguards.attacks import recorded_digests, require_disjoint
+from durometer.safeguards.base import Safeguard
+from durometer.safeguards.card import PLAIN, compared
 from durometer.safeguards.harden import (
-    PLAIN,
     REFERENCE,
-    WORK,
     Hardened,
     HardenRequest,
+    finished,
+    name_reference,
     parse_safeguards,
     run_harden,
 )
+from durometer.safeguards.place import is_begun, is_finished
 from durometer.safeguards.train import Report
 from durometer.subjects.base import Subject
 from durometer.subjects.load import DtypeName, load_subject
 from durometer.trials.campaign import Request
+from durometer.trials.store import FILE
 from durometer.trials.suites import make_suite
 
+STRESS = "stress"  # folder of the attack that follows, in that of the model
 SHOWN = 20  # lines a stage, where there is no terminal
 
 
@@ -80,9 +89,11 @@ def run(request: HardenRequest, out: Path | None, *, resume: bool, then_stress: 
     folder = out or free_folder("harden", request.subject, *names)
     try:
         with interruptible(), HardenProgress(f"loading {request.subject}") as progress:
-            made = run_harden(request, folder, resume=resume, observer=progress)
+            made = _hardened(request, folder, resume, then_stress, progress)
+            stress = None
             if then_stress and not made.diverged:
                 _plain_control(request, made, progress)
+                stress = stress_request(request, made, then_stress)
     except KeyboardInterrupt:
         say(f"interrupted; go on with: {resume_command(request, folder, then_stress)}")
         return ExitCode.INTERRUPTED
@@ -91,17 +102,38 @@ def run(request: HardenRequest, out: Path | None, *, resume: bool, then_stress: 
         return ExitCode.INCOMPLETE
     for line in summary(made):
         print(line)
-    return stress_hardened(request, made, then_stress) if then_stress else ExitCode.COMPLETE
+    return ExitCode.COMPLETE if stress is None else _attacked(request, folder, stress)
+
+
+def _hardened(
+    request: HardenRequest, folder: Path, resume: bool, suite: str, progress: HardenProgress
+) -> Hardened:
+    """Harden, or take what an earlier run of the same command finished and was to attack."""
+    if resume and suite and is_finished(folder):
+        return finished(request, folder)
+    accept = functools.partial(_accept, suite) if suite else None
+    return run_harden(request, folder, resume=resume, observer=progress, accept=accept)
+
+
+def _accept(suite: str, subject: Subject, stages: Sequence[Safeguard[Any]]) -> None:
+    """Refuse stages that would train against an attack of the suite that is to follow."""
+    trained = [d for s in stages for d in s.trained_against()]
+    attacks = make_suite(suite, subject.parameters).attacks
+    require_disjoint(trained, [(attack.tamper, attack.settings) for attack in attacks])
+
+
+def _attacked(request: HardenRequest, folder: Path, stress: Request) -> int:
+    run = folder / STRESS
+    code = run_stress(stress, run, resume=True, fail_on=None, as_json=False)
+    if code == ExitCode.INTERRUPTED and not (run / FILE).exists():
+        say(f"go on with: {resume_command(request, folder, stress.suite)}")
+    return code
 
 
 def summary(made: Hardened) -> list[str]:
     """Return what was made, in a few lines."""
-    rates = made.record["before_any_tamper"]
-    lines = []
-    for name, after in rates["hardened"].items():
-        before = rates["undefended"].get(name)
-        start = f"{100 * before['rate']:.1f} %" if before else "not measured"
-        lines.append(f"{LABELS[name]}: {start} without, {100 * after['rate']:.1f} % with it")
+    found = compared(made.record["before_any_tamper"])
+    lines = [f"{label}: {before} without, {after} with it" for label, before, after in found]
     return [*lines, f"hardened model: {made.folder}"]
 
 
@@ -109,29 +141,31 @@ def _plain_control(request: HardenRequest, made: Hardened, progress: HardenProgr
     """Train the plain safeguard of the same kind beside the result, if it is not there."""
     plain = PLAIN[made.record["domain"]["kind"]]
     names = [stage["name"] for stage in made.record["safeguards"]]
-    if made.record["reference"] or names == [plain]:
+    unchanged = made.record["fingerprint"] == made.record["base"]["fingerprint"]
+    if made.record["reference"] or names == [plain] or unchanged:
         return
-    control = HardenRequest(
-        request.subject,
-        request.domain,
-        (plain,),
-        request.budget_steps,
-        request.seed,
-        request.dtype,
-        request.device,
-    )
-    run_harden(control, made.folder / REFERENCE, observer=progress)
-    made.record["reference"] = REFERENCE
+    place = made.folder / REFERENCE
+    if not is_finished(place):
+        control = replace(request, safeguards=(plain,))
+        ended = run_harden(control, place, resume=is_begun(place), observer=progress)
+        if ended.diverged:
+            progress.say(f"note: no plain control to compare with: {ended.diverged}")
+            return
+    name_reference(made)
 
 
-def stress_hardened(request: HardenRequest, made: Hardened, suite: str) -> int:
-    """Attack the hardened model beside the undefended one and the plain control."""
+def stress_request(request: HardenRequest, made: Hardened, suite: str) -> Request:
+    """Return the attack on the hardened model, beside the undefended one and the plain control.
+
+    Raises:
+        InputError: the suite has an attack that the safeguard was trained against.
+    """
     subject = load_subject(str(made.folder), dtype=request.dtype, device=request.device)
     attacks = make_suite(suite, subject.parameters).attacks
-    trained = [digest for s in made.record["safeguards"] for digest in s.get("trained_against", [])]
-    require_disjoint(trained, [(attack.tamper, attack.settings) for attack in attacks])
+    evaluated = [(attack.tamper, attack.settings) for attack in attacks]
+    require_disjoint(recorded_digests(made.record), evaluated)
     reference = made.folder / made.record["reference"] if made.record["reference"] else ""
-    stress = Request(
+    return Request(
         str(made.folder),
         request.domain,
         suite,
@@ -140,7 +174,6 @@ def stress_hardened(request: HardenRequest, made: Hardened, suite: str) -> int:
         dtype=request.dtype,
         device=request.device,
     )
-    return run_stress(stress, made.folder / "stress", resume=False, fail_on=None, as_json=False)
 
 
 def resume_command(request: HardenRequest, folder: Path, then_stress: str = "") -> str:
@@ -158,7 +191,7 @@ def resume_command(request: HardenRequest, folder: Path, then_stress: str = "") 
     for name, value in options.items():
         if value not in ("", None, "auto"):
             words += [name, str(value)]
-    going = ["--resume"] if (folder / WORK).exists() else []
+    going = ["--resume"] if is_begun(folder) or is_finished(folder) else []
     return shlex.join([*words, "--out", str(folder), *going])
 
 
@@ -170,8 +203,10 @@ def run_chat(
         raise InputError(f"--max-tokens {max_tokens}: at least 1")
     subject = load_subject(spec, dtype=dtype, device=device)
     if prompt:
-        print(answer(subject, prompt, max_tokens))
+        _show_answer(subject, prompt, max_tokens)
         return ExitCode.COMPLETE
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a file that is not UTF-8, say
     asked = sys.stdin.isatty()
     if asked:
         say("every prompt is a conversation of its own; Ctrl-D ends")
@@ -182,7 +217,15 @@ def run_chat(
         if not line:
             return ExitCode.COMPLETE
         if line.strip():
-            print(answer(subject, line.strip(), max_tokens), flush=True)
+            _show_answer(subject, line.strip(), max_tokens)
+
+
+def _show_answer(subject: Subject, prompt: str, max_tokens: int) -> None:
+    """Print an answer with nothing in it that a terminal would act on or cannot show."""
+    given = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    text = visible(answer(subject, given, max_tokens))
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def answer(subject: Subject, prompt: str, max_tokens: int) -> str:

@@ -59,6 +59,7 @@ def _tables(file: Path, heads: str, tables: Any) -> list[dict[str, Any]]:
 
 def _method(file: Path, option: str, table: Mapping[str, Any]) -> str:
     """Return one table as ``--tamper`` or ``--safeguard`` takes it, names and values checked."""
+    from durometer import catalogue  # noqa: F401  (fills the registries that names are looked up in)
     from durometer.safeguards.base import make_safeguard
     from durometer.tampers.base import make_tamper
 

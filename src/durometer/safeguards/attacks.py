@@ -4,7 +4,7 @@ The code is that of the evaluation's attacks; only the configurations differ, an
 the part of the defence split that is not held out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -124,12 +124,32 @@ def require_disjoint(
     Raises:
         InputError: the first such attack.
     """
-    for tamper, settings in evaluated:
-        if attack_digest(tamper, settings) in trained:
-            raise InputError(
-                f"attack '{tamper}' {settings}: the safeguard was trained against exactly this; "
-                "evaluate with others"
-            )
+    for tamper, settings in trained_against(trained, evaluated):
+        raise InputError(
+            f"attack '{tamper}' {settings}: the safeguard was trained against exactly this; "
+            "evaluate with others"
+        )
+
+
+def trained_against(
+    trained: Sequence[str], evaluated: Sequence[tuple[str, dict[str, Any]]]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return those of the attacks, with name and settings, that were trained against."""
+    return [attack for attack in evaluated if trained and attack_digest(*attack) in trained]
+
+
+def recorded_digests(record: Mapping[str, Any]) -> list[str]:
+    """Return the kinds of attacks that the record of a hardened model says it was trained against.
+
+    A record may be somebody else's: what is of another form counts as nothing.
+    """
+    stages = record.get("safeguards")
+    found = [
+        stage.get("trained_against")
+        for stage in (stages if isinstance(stages, list) else [])
+        if isinstance(stage, dict)
+    ]
+    return [d for digests in found if isinstance(digests, list) for d in digests if type(d) is str]
 
 
 class _Slice(FineTuning[Any]):

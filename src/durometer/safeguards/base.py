@@ -162,6 +162,15 @@ class Safeguard(Generic[S]):
         """Return the safeguards that are carried out one after the other: this one alone."""
         return [self]
 
+    def require(self, subject: Subject, data: "DefenceData") -> None:
+        """Look for what it lacks, before anything is measured or written.
+
+        The subject is as it was loaded, whatever stages come before this one.
+
+        Raises:
+            DurometerError: one line that says what is missing.
+        """
+
     def pools(self, data: "DefenceData") -> Mapping[str, "list[Unit]"]:
         """Return pools of rows beyond those of ``DefenceData``, from the defence split alone."""
         return {}
@@ -210,6 +219,10 @@ class Safeguard(Generic[S]):
     def can_resume(self, step: int) -> bool:
         """Say whether a checkpoint after ``step`` updates holds all that the rest depends on."""
         return True
+
+    def trained_against(self) -> list[str]:
+        """Return the digests of the kinds of attacks that it trains against, known beforehand."""
+        return []
 
     def facts(self) -> dict[str, Any]:
         """Return what the record should say besides, once it is over."""

@@ -1,18 +1,33 @@
 """What a hardened model is and does before any tamper, for people and for programs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from durometer.core.statistics import seed_level_rate
 from durometer.domains.base import Domain, Item, Role, Split
-from durometer.measures.base import measure_registry, sample
+from durometer.measures.base import ItemRecord, measure_registry, sample
 from durometer.measures.outcomes import Outcome
 from durometer.subjects.base import Subject
 
 RETAIN_ENTITIES, HARMLESS = 100, 24
+PLAIN = {"knowledge": "random_mapping", "refusal": "refusal"}
+# Stages that make a control of a model, where there is nothing else but a plain safeguard.
+CONTROLS = {
+    "noop": "nothing was done to this model",
+    "plain_sft": "fine-tuning on the safeguards' own data, without a method",
+    "norm_noise": "noise, without a direction",
+    "inflate": "a lock on a plain safeguard, which must break",
+}
 
 
 def measured(subject: Subject, domain: Domain) -> dict[str, dict[str, float]]:
-    """Return rates on ``report`` items before any tamper, each with its number of items."""
+    """Return rates on ``report`` items before any tamper.
+
+    Each with its interval (``low``, ``high``), its numbers of ``items`` and ``entities``, and
+    ``chance`` where answers are chosen from a few.
+    """
     probe = "choices" if domain.kind == "knowledge" else "outcomes"
     looked: dict[str, tuple[str, list[Item]]] = {
         "restricted": (probe, _items(domain, Role.RESTRICTED, Split.REPORT)),
@@ -25,13 +40,27 @@ def measured(subject: Subject, domain: Domain) -> dict[str, dict[str, float]]:
         records = measure_registry.get(measure).run(subject, domain, items) if items else []
         if not records:
             continue
-        refused = sum(record.outcome == Outcome.REFUSAL for record in records) / len(records)
         if name != "over_refusal":
-            right = sum(record.correct or 0.0 for record in records) / len(records)
-            rates[name] = {"rate": right, "items": len(records)}
+            rates[name] = _rate(records, [record.correct or 0.0 for record in records])
+            if measure == "choices" and domain.chance:
+                rates[name]["chance"] = domain.chance
         if measure in ("outcomes", "over_refusal"):
-            rates[f"{name}_refused"] = {"rate": refused, "items": len(records)}
+            refused = [float(record.outcome == Outcome.REFUSAL) for record in records]
+            rates[f"{name}_refused"] = _rate(records, refused)
     return rates
+
+
+def _rate(records: Sequence[ItemRecord], values: Sequence[float]) -> dict[str, float]:
+    """Return a rate with Wilson's interval at n = entities, and the number of items."""
+    entities = [record.entity for record in records]
+    found = seed_level_rate(np.array([values]), entities)
+    return {
+        "rate": sum(values) / len(values),
+        "low": found.low,
+        "high": found.high,
+        "items": len(values),
+        "entities": found.n,
+    }
 
 
 def _items(
@@ -54,20 +83,25 @@ def model_card(record: Mapping[str, Any]) -> str:
     """Return the README of a hardened model's folder; the machine-readable part is its record."""
     domain, base = record["domain"], record.get("base", {})
     licence = base.get("licence", "")
+    names = [s if isinstance(s, str) else s["name"] for s in record["safeguards"]]
+    control = control_of(names) if base else "the plain safeguard"
     head = [
         "---",
         *([f"license: {licence}"] if licence else []),
         "tags:",
         "- durometer",
-        "- tamper-resistance",
+        "- control" if control else "- tamper-resistance",
         "---",
         "",
-        "# A model with a safeguard against tampering",
+        f"# A control: {control}" if control else "# A model with a safeguard against tampering",
         "",
-        f"Safeguarded on the domain `{domain['name']}` ({domain['kind']}).",
+        f"{'Made to compare' if control else 'Safeguarded'} on the domain `{domain['name']}` "
+        f"({domain['kind']}).",
     ]
+    if control:
+        head += ["", "A control, kept to compare safeguards with; it claims no resistance."]
     if not base:
-        return "\n".join([*head, "", "A plain safeguard, kept as a control to compare with.", ""])
+        return "\n".join([*head, ""])
     stages = [line for stage in record["safeguards"] for line in _stage(stage)]
     return "\n".join(
         [
@@ -106,15 +140,48 @@ def _stage(stage: Mapping[str, Any]) -> list[str]:
     return [*lines, "| setting | value |", "| --- | --- |", *rows, ""] if rows else lines
 
 
-def _table(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+def control_of(names: Sequence[str]) -> str:
+    """Return what kind of control stages of these names make of a model, '' for a safeguard."""
+    known = [name for name in names if name in CONTROLS]
+    if known and all(name in CONTROLS or name in PLAIN.values() for name in names):
+        return CONTROLS[known[-1]]
+    return ""
+
+
+def compared(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[tuple[str, str, str]]:
+    """Return what was measured, with chance where there is any, without and with the safeguard."""
     before, after = rates["undefended"], rates["hardened"]
-    rows = [
-        f"| {LABELS[name]} | {_percent(before.get(name))} | {_percent(after[name])} | "
-        f"{after[name]['items']:.0f} |"
-        for name in after
+    return [
+        (_label(name, after[name]), _shown(before.get(name)), _shown(after[name])) for name in after
     ]
-    return ["| | without | with | items |", "| --- | --- | --- | --- |", *rows]
 
 
-def _percent(rate: Mapping[str, float] | None) -> str:
-    return f"{100 * rate['rate']:.1f} %" if rate else "not measured"
+def _label(name: str, rate: Mapping[str, float]) -> str:
+    chance = rate.get("chance")
+    told = f" (multiple choice, chance {100 * chance:.1f} %)" if chance else ""
+    return f"{LABELS[name]}{told}"
+
+
+def _table(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    rows = [
+        f"| {label} | {before} | {after} | {found['items']:.0f} |"
+        for (label, before, after), found in zip(
+            compared(rates), rates["hardened"].values(), strict=True
+        )
+    ]
+    return [
+        "| | without | with | items |",
+        "| --- | --- | --- | --- |",
+        *rows,
+        "",
+        "In brackets: Wilson's 95 % interval, n = entities.",
+    ]
+
+
+def _shown(rate: Mapping[str, float] | None) -> str:
+    if not rate:
+        return "not measured"
+    text = f"{100 * rate['rate']:.1f} %"
+    if "low" in rate:
+        text += f" [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+    return text

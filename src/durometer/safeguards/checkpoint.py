@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from durometer.core.errors import InputError, StorageError
+from durometer.core.errors import InputError
+from durometer.safeguards.place import storage_error
 
 
 class CheckpointFile:
@@ -50,11 +51,8 @@ class CheckpointFile:
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
                 work.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or error
-            raise StorageError(
-                f"{self.path}: {reason}; free some space and go on with --resume (the checkpoint "
-                "before this one is kept)"
-            ) from error
+            kept = " (the checkpoint before this one is kept)"
+            raise storage_error(self.path, error, kept) from error
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Return the state, or None where there is none to go on with.

@@ -1,41 +1,42 @@
 """From a subject and a list of safeguards to a folder with a hardened model and its record."""
 
-import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 
 from durometer.core.biases import give_biases
-from durometer.core.errors import InputError, StorageError
+from durometer.core.errors import InputError
+from durometer.core.files import replace_file
 from durometer.core.seeds import Seeds
 from durometer.core.sources import source_hash
 from durometer.domains.base import Domain
 from durometer.domains.load import lasting_spec, load_domain
 from durometer.safeguards.base import TINY, Safeguard, TrainingSettings, make_safeguard
 from durometer.safeguards.bench import Bench
-from durometer.safeguards.card import measured, model_card
+from durometer.safeguards.card import PLAIN, measured, model_card
 from durometer.safeguards.checkpoint import CheckpointFile
 from durometer.safeguards.data import DefenceData
 from durometer.safeguards.passes import Reference
+from durometer.safeguards.place import WORK, begin, require_usable, storing
 from durometer.safeguards.train import Outcome, Report, TrainingRun, edited
 from durometer.subjects.base import Subject
 from durometer.subjects.builtin import subject_registry
 from durometer.subjects.load import DtypeName, load_subject, quiet_libraries
-from durometer.subjects.record import RECORD
+from durometer.subjects.record import RECORD, read_record
 
 FORMAT = 1
-WORK, LOG, REFERENCE = "work", "log.jsonl", "reference"
-PLAIN = {"knowledge": "random_mapping", "refusal": "refusal"}
+LOG, REFERENCE = "log.jsonl", "reference"
 CHECKPOINTS = 10  # a stage, at least
+# Looks at a subject and the stages that it is to have, and may refuse them.
+Accept = Callable[[Subject, Sequence[Safeguard[Any]]], None]
 
 
 class HardenObserver(Protocol):
@@ -168,27 +169,47 @@ def run_harden(
     *,
     resume: bool = False,
     observer: HardenObserver | None = None,
+    accept: Accept | None = None,
 ) -> Hardened:
-    """Carry out ``request`` in ``folder``; see ``harden``."""
-    if folder.exists() and any(folder.iterdir()) and not resume:
-        raise InputError(f"{folder}: not empty; go on with --resume, or name another --out")
-    if (folder / RECORD).exists():
-        raise InputError(f"{folder}: holds a finished model; name another --out")
-    observer = observer or SilentHardenObserver()
-    with _storage(folder):
-        return _Hardening(request, folder, resume, observer).run()
+    """Carry out ``request`` in ``folder``; see ``harden``.
+
+    Args:
+        accept: asked before anything is measured or written; raises what it does not accept.
+    """
+    require_usable(folder, request.subject, resume=resume)
+    run = _Hardening(request, folder, resume, observer or SilentHardenObserver())
+    run.require(accept)
+    return run.run()
 
 
-@contextlib.contextmanager
-def _storage(folder: Path) -> Iterator[None]:
-    """Turn a full disk into one line; what was written whole before stays."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(
-            f"{folder}: {reason}; free some space and go on with --resume"
-        ) from error
+def finished(request: HardenRequest, folder: Path) -> Hardened:
+    """Return what a run of the same request finished in ``folder``.
+
+    Raises:
+        InputError: it is of another request.
+    """
+    record = read_record(folder)
+    was, now = record.get("request"), _as_recorded(request)
+    if not isinstance(was, dict):
+        raise InputError(f"{folder}: holds a model of another kind; name another --out")
+    for name, value in now.items():
+        if name != "device" and was.get(name) != value:
+            raise InputError(
+                f"{folder}: holds a model made with another {name} ({was.get(name)}, now {value}); "
+                "repeat that run's command, or name another --out"
+            )
+    return Hardened(folder, record)
+
+
+def _as_recorded(request: HardenRequest) -> dict[str, Any]:
+    return asdict(request) | {"safeguards": list(request.safeguards)}
+
+
+def name_reference(made: Hardened) -> None:
+    """Note in the record that the plain control is beside the model."""
+    made.record["reference"] = REFERENCE
+    with storing(made.folder / RECORD):
+        replace_file(made.folder / RECORD, iter([json.dumps(made.record, indent=1), "\n"]))
 
 
 class _Hardening:
@@ -211,13 +232,21 @@ class _Hardening:
         request = self._request
         return load_subject(request.subject, dtype=request.dtype, device=request.device)
 
+    def require(self, accept: Accept | None) -> None:
+        """Look for what any stage lacks, before the first is trained."""
+        subject = self._subject
+        if accept is not None:
+            accept(subject, self._stages)
+        for stage in self._stages:
+            data = DefenceData(subject, self._domain)
+            stage.require(subject, data)
+            if isinstance(stage.settings, TrainingSettings):
+                TrainingRun(stage, subject, data, self._seeds)
+
     def run(self) -> Hardened:
         """Carry out all stages and save the result."""
         subject = self._subject
-        for stage in self._stages:  # what a later stage lacks is told before the first is trained
-            if isinstance(stage.settings, TrainingSettings):
-                TrainingRun(stage, subject, DefenceData(subject, self._domain), self._seeds)
-        self._work.mkdir(parents=True, exist_ok=True)
+        begin(self._folder, _as_recorded(self._request))
         self._observer.stage(f"measuring {subject.name} without a safeguard", 0)
         before = measured(subject, self._domain)
         base = subject.fingerprint
@@ -229,10 +258,11 @@ class _Hardening:
         subject.__dict__.pop("fingerprint", None)  # that of the weights as loaded
         self._observer.stage("measuring the hardened model", 0)
         record = self._record(before, base)
-        logs = [path.read_text("utf-8") for path in sorted(self._work.glob("log-*.jsonl"))]
-        (self._folder / LOG).write_text("".join(logs), "utf-8")
-        save_model(subject, self._folder, self._work / "model", record)
-        shutil.rmtree(self._work)
+        with storing(self._folder):
+            logs = [path.read_text("utf-8") for path in sorted(self._work.glob("log-*.jsonl"))]
+            (self._folder / LOG).write_text("".join(logs), "utf-8")
+            save_model(subject, self._folder, self._work / "model", record)
+            shutil.rmtree(self._work)
         return Hardened(self._folder, record)
 
     def _diverged(self, stage: Safeguard[Any], outcome: Outcome) -> str:
@@ -311,7 +341,9 @@ class _Hardening:
             )
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        (self._work / f"log-{number}.jsonl").write_text(text, "utf-8")
+        file = self._work / f"log-{number}.jsonl"
+        with storing(file):
+            file.write_text(text, "utf-8")
 
     def _facts(self, stage: Safeguard[Any], outcome: Outcome) -> dict[str, Any]:
         return {
@@ -369,7 +401,9 @@ class _Hardening:
             "safeguards": [stage.name],
         }
         place = self._folder / REFERENCE
-        if not (place / RECORD).exists():
+        if (place / RECORD).exists():
+            return
+        with storing(place):
             save_model(self._subject, place, self._work / "reference", record)
 
     def _undefended(self) -> str:
@@ -398,7 +432,7 @@ class _Hardening:
             "undefended": self._undefended(),
             "reference": self._reference,
             "domain": self._domain_facts(),
-            "request": asdict(self._request) | {"safeguards": list(self._request.safeguards)},
+            "request": _as_recorded(self._request),
             "seeds": self._seeds.as_dict(),
             "safeguards": self._ran,
             "dtype": subject.dtype,

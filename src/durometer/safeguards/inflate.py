@@ -1,6 +1,6 @@
 """A lock of the optimiser: the same function, written so that it can hardly be trained."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +12,8 @@ from durometer.core.settings import Settings, setting
 from durometer.domains.base import Domain
 from durometer.safeguards.base import Safeguard, make_safeguard, safeguard
 from durometer.safeguards.bench import Bench
+from durometer.safeguards.data import DefenceData
+from durometer.subjects.base import Subject
 
 
 class InflateSettings(Settings):
@@ -70,6 +72,16 @@ class Inflate(Safeguard[InflateSettings]):
             first = "random_mapping" if domain.kind == "knowledge" else "refusal"
         return [make_safeguard(first, self.settings.stage1_preset), self]
 
+    def require(self, subject: Subject, data: DefenceData) -> None:
+        """Look for pairs of neighbouring maps.
+
+        Raises:
+            NotApplicableError: there are none.
+        """
+        maps = Rebalancer(subject.model, Restoration(subject.model))
+        if not any(pairs for _, pairs in self._pairs(maps)):
+            raise self._nothing()
+
     @torch.no_grad()
     def edit(self, bench: Bench) -> None:
         """Inflate every pair found, and check that the model computes what it did.
@@ -83,9 +95,7 @@ class Inflate(Safeguard[InflateSettings]):
         before = maps.logits()
         done = self._inflated(maps)
         if not any(done.values()):
-            raise NotApplicableError(
-                f"no pair of neighbouring maps found for targets={self.settings.targets}"
-            )
+            raise self._nothing()
         change = float((maps.logits() - before).abs().max() / before.abs().max())
         if not change <= TOLERANCE.get(maps.dtype, 0.1):
             restoration.restore()
@@ -97,14 +107,23 @@ class Inflate(Safeguard[InflateSettings]):
     def _inflated(self, maps: Rebalancer) -> dict[str, int]:
         """Inflate every pair, and return how many of each kind there were."""
         done = {"value_output": 0, "up_down": 0}
-        for name, attention in (("value_output", True), ("up_down", False)):
-            if self.settings.targets not in ("all", name):
-                continue
-            for pairs in maps.pairs(attention=attention):
-                for pair in pairs:
-                    self._heads(maps, pair) if attention else self._rows(maps, pair)
-                done[name] += len(pairs)
+        for name, pairs in self._pairs(maps):
+            for pair in pairs:
+                self._heads(maps, pair) if name == "value_output" else self._rows(maps, pair)
+            done[name] += len(pairs)
         return done
+
+    def _pairs(self, maps: Rebalancer) -> Iterator[tuple[str, list[Pair]]]:
+        """Yield the pairs of each block, with the name of their kind."""
+        for name, attention in (("value_output", True), ("up_down", False)):
+            if self.settings.targets in ("all", name):
+                for pairs in maps.pairs(attention=attention):
+                    yield name, pairs
+
+    def _nothing(self) -> NotApplicableError:
+        return NotApplicableError(
+            f"no pair of neighbouring maps found for targets={self.settings.targets}"
+        )
 
     def facts(self) -> dict[str, Any]:
         """Return how many pairs were inflated, and by how much the logits changed."""

@@ -161,9 +161,13 @@ class AgainstAttacks(Safeguard[A]):
         """Between two inner attacks a resumed run would lack the kept points."""
         return self.turn(step) % self.settings.refresh == 0
 
+    def trained_against(self) -> list[str]:
+        """Return the digests of all attacks that may be drawn."""
+        return [attack.digest for attack in possible(self.settings)]
+
     def facts(self) -> dict[str, Any]:
         """Return the configurations that it was trained against."""
-        return {"trained_against": [attack.digest for attack in possible(self.settings)]}
+        return {"trained_against": self.trained_against()}
 
 
 def visit_weights(settings: InnerSettings) -> dict[int, float]:

@@ -1,7 +1,8 @@
 """Controls: no safeguard at all, plain fine-tuning on the same data, noise of the same norm."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from durometer.core.errors import InputError
 from durometer.core.settings import Settings, setting
 from durometer.safeguards.base import Safeguard, TrainingSettings, safeguard
 from durometer.safeguards.bench import Bench
+from durometer.safeguards.data import DefenceData
 from durometer.subjects.base import Subject
 from durometer.subjects.record import RECORD
 
@@ -59,6 +61,13 @@ class NormNoise(Safeguard[NormNoiseSettings]):
     cannot_show = "durability: where it gains any, the measure rewards damage"
     settings_class = NormNoiseSettings
 
+    def require(self, subject: Subject, data: DefenceData) -> None:
+        """Look for the record to imitate, and whether it is of such a model."""
+        if self.settings.like:
+            # Biases may be those that an earlier stage makes.
+            norms = recorded_norms(self.settings.like)
+            self._require_weights(subject, [n for n in norms if not n.endswith(".bias")])
+
     def edit(self, bench: Bench) -> None:
         """Add the noise."""
         subject = bench.subject
@@ -78,12 +87,29 @@ class NormNoise(Safeguard[NormNoiseSettings]):
                 for name, p in subject.model.named_parameters()
                 if p.dim() > 1
             }
-        path = Path(self.settings.like) / RECORD
-        try:
-            changed = json.loads(path.read_text("utf-8"))["changed"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: cannot be read; name a folder made by harden") from error
-        missing = sorted(set(changed) - {name for name, _ in subject.model.named_parameters()})
+        norms = recorded_norms(self.settings.like)
+        self._require_weights(subject, list(norms))
+        return norms
+
+    def _require_weights(self, subject: Subject, names: Sequence[str]) -> None:
+        missing = sorted(set(names) - {name for name, _ in subject.model.named_parameters()})
         if missing:
+            path = Path(self.settings.like) / RECORD
             raise InputError(f"{path}: of another model: this one has no weight '{missing[0]}'")
-        return {name: float(norm) for name, norm in changed.items()}
+
+
+def recorded_norms(folder: str) -> dict[str, float]:
+    """Return the norm of the change of each weight, from the record of a hardened model's folder.
+
+    Raises:
+        InputError: there is no such record.
+    """
+    path = Path(folder) / RECORD
+    try:
+        changed = json.loads(path.read_text("utf-8"))["changed"]
+        norms = {str(name): float(norm) for name, norm in changed.items()}
+        if not all(math.isfinite(norm) and norm >= 0 for norm in norms.values()):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read; name a folder made by harden") from error
+    return norms

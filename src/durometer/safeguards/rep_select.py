@@ -14,8 +14,10 @@ from durometer.safeguards.attacks import InnerAttack
 from durometer.safeguards.banks import GradientBank, perturbed
 from durometer.safeguards.base import ReferencePoint, Safeguard, TrainingSettings, safeguard
 from durometer.safeguards.bench import Bench
+from durometer.safeguards.data import DefenceData
 from durometer.safeguards.passes import passes
 from durometer.safeguards.train import trained_maps
+from durometer.subjects.base import Subject
 
 Pool = Literal["restricted", "retain"]
 Collapse = Literal["soft", "quadratic", "hard"]
@@ -127,6 +129,12 @@ class RepSelect(Safeguard[RepSelectSettings]):
     def reference(self) -> ReferencePoint | None:
         """The model before the edit, whose predictions on retain rows are to stay."""
         return "stage_start"
+
+    def require(self, subject: Subject, data: DefenceData) -> None:
+        """Look for the rows that the edit reads."""
+        attacked = ["inner_restricted"] if self.settings.elicit_rate else []
+        for pool in ("restricted", self.settings.directions_of, "retain", *attacked):
+            data.pool(pool)
 
     def edit(self, bench: Bench) -> None:
         """Edit the MLPs.

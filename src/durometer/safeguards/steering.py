@@ -111,6 +111,16 @@ class Steering(Safeguard[SteeringSettings]):
             return [self]
         return [make_safeguard(self.settings.stage1, self.settings.stage1_preset), self]
 
+    def require(self, subject: Subject, data: DefenceData) -> None:
+        """Look for a place for the vector, and for prompts to make it of.
+
+        Raises:
+            InputError: the domain has no refusals, or nothing harmless.
+            NotApplicableError: no block has such a place.
+        """
+        _places(subject.model, self.settings)
+        _require_prompts(data)
+
     @torch.no_grad()
     def edit(self, bench: Bench) -> None:
         """Find the vector, choose its block and coefficient, and write it into a bias.
@@ -168,6 +178,11 @@ def _places(model: nn.Module, settings: SteeringSettings) -> dict[int, Writer]:
     return found
 
 
+def _require_prompts(data: DefenceData) -> None:
+    for pool in ("refusals", "retain"):  # what is missing is told
+        data.pool(pool)
+
+
 class _Search:
     """Looks for the vectors, and tries them with hooks on prompts that made none of them."""
 
@@ -176,8 +191,7 @@ class _Search:
         self._subject, self._settings, self._domain = subject, settings, data.domain
         self._reader = PromptReader(subject, self.spent, 1)
         self._chain = [block for _, block in blocks(subject.model)]
-        for pool in ("refusals", "retain"):  # what is missing is told
-            data.pool(pool)
+        _require_prompts(data)
         restricted, harmless = data.restricted_items(), data.harmless_items()
         self._restricted = _dealt(restricted, settings.prompts)
         self._harmless = _dealt(harmless, settings.prompts)

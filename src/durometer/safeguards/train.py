@@ -28,8 +28,8 @@ from durometer.safeguards.passes import Pass, Reference, passes
 from durometer.subjects.base import Subject
 
 # Updates after which the gradient of every term is looked at by itself: not at once, since an
-# anchor's gradient vanishes at its reference.
-FIRST_LOOK, LOOK_EVERY = 4, 50
+# anchor's gradient vanishes at its reference; and soon again, for one look proves nothing.
+FIRST_LOOK, SECOND_LOOK, LOOK_EVERY = 4, 9, 50
 SUM, OWN = "sum", "safeguard."
 
 
@@ -167,7 +167,6 @@ class TrainingRun:
             if any(term.weight(step, settings.steps) for step in range(settings.steps)):
                 data.pool(term.rows)
         self.outcome = Outcome()
-        self._quiet: dict[str, int] = {}
         self._counted = reference.forwards if reference is not None else 0
         self._saved = 0
 
@@ -246,7 +245,7 @@ class TrainingRun:
             self._names,
             self.seeds,
             self.streams,
-            apart=self.safeguard.separate or number % LOOK_EVERY == FIRST_LOOK,
+            apart=self.safeguard.separate or looked_at(number, self._settings.steps),
         )
         self.trainer.begin()
         torch.manual_seed(step.seed("dropout"))  # the same after a resume
@@ -315,8 +314,9 @@ class TrainingRun:
         norms = {name: self.bank.norm(name) for name in self.bank.names()}
         resting = {term.name for term in self.terms if term.may_rest}
         for name, norm in norms.items():
-            self._quiet[name] = 0 if norm or name in resting else self._quiet.get(name, 0) + 1
-            if self._quiet[name] > 1:
+            earlier = reversed(self.outcome.norms.values())
+            before = next((look[name] for look in earlier if name in look), 1.0)
+            if not norm and not before and name not in resting:
                 raise DurometerError(
                     f"safeguard '{self.safeguard.name}': the term '{name}' has no gradient at step "
                     f"{step.number}; it would have no effect"
@@ -361,6 +361,17 @@ class TrainingRun:
             setattr(outcome.ledger, name, value)
         outcome.steps = outcome.ledger.steps
         return outcome.steps
+
+
+def looked_at(number: int, steps: int) -> bool:
+    """Say whether the gradients of single terms are looked at in update ``number`` of ``steps``.
+
+    Twice at least in a training of three updates or more, so that one without any is found.
+    """
+    looks = {FIRST_LOOK, SECOND_LOOK}
+    if steps <= SECOND_LOOK:  # the last update, and the first look or the one just before the last
+        looks = {min(FIRST_LOOK, steps - 2), steps - 1}
+    return number > 0 and (number in looks or number % LOOK_EVERY == FIRST_LOOK)
 
 
 def edited(safeguard: Safeguard[Any], bench: Bench) -> Outcome:

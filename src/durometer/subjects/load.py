@@ -108,6 +108,14 @@ def _split_adapter(spec: str) -> tuple[str, Path | None]:
     return base, Path(adapter).expanduser()
 
 
+def local_folders(spec: str) -> list[Path]:
+    """Return the folders of this machine that a spec names: a model's, an adapter's, both."""
+    base, adapter = _split_adapter(spec)
+    named = [Path(base).expanduser(), *([adapter] if adapter is not None else [])]
+    folders = [path for path in named if path.is_dir()]
+    return [path for path in folders if str(path) not in subject_registry.names()]
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from durometer.measures.base import NOT_FINITE, measure_registry
 from durometer.measures.outcomes import Outcome
 from durometer.subjects.base import Subject
 from durometer.subjects.load import DtypeName, load_subject
+from durometer.subjects.record import read_record
 from durometer.tampers.base import make_tamper, tamper_registry
 from durometer.trials.analysis import (
     BreakRule,
@@ -299,6 +301,9 @@ def further_measures(names: Sequence[str], kind: Kind) -> tuple[str, ...]:
 def load_roles(request: Request) -> dict[SubjectRole, Subject]:
     """Load the subject and its controls, those that are known for a built-in subject included.
 
+    A subject of whose record it is known that nothing was changed keeps its undefended one: then
+    there is nothing to break, which ``require_safeguarded`` says.
+
     Raises:
         InputError: a control is the subject itself.
     """
@@ -314,11 +319,20 @@ def load_roles(request: Request) -> dict[SubjectRole, Subject]:
             continue
         loaded = load_subject(spec, **options)  # type: ignore[arg-type]
         if loaded.fingerprint == subject.fingerprint:
-            if role == "undefended":
+            if role == "reference":
+                continue
+            if request.undefended and not _is_unchanged(subject):
                 raise InputError(f"--undefended {spec}: the same weights as the subject's")
-            continue
         roles[role] = loaded
     return roles
+
+
+def _is_unchanged(subject: Subject) -> bool:
+    """Say whether the subject's record has the weights as what it was made from."""
+    if subject.source.kind != "folder":
+        return False
+    base = read_record(Path(subject.source.location)).get("base")
+    return isinstance(base, dict) and base.get("fingerprint") == subject.fingerprint
 
 
 def chosen_suite(request: Request, parameters: int) -> Suite:
@@ -468,6 +482,17 @@ def require_safeguarded(campaign: Campaign) -> None:
             f"'{campaign.domain.name}' ({campaign.domain.kind}): it gives {100 * rate:.0f} % of "
             f"the restricted answers and refuses {100 * refused:.0f} % before any tamper; "
             "nothing to break"
+        )
+    _require_changed(campaign)
+
+
+def _require_changed(campaign: Campaign) -> None:
+    """Refuse a subject that has the weights of the one without its safeguard."""
+    subject, without = campaign.subjects["subject"], campaign.subjects.get("undefended")
+    if without is not None and without.fingerprint == subject.fingerprint:
+        raise InputError(
+            f"subject '{subject.name}' has the very weights of '{without.name}', which it was made "
+            "from: no safeguard was added; nothing to break"
         )
 
 
