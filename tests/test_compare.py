@@ -423,7 +423,7 @@ def test_what_the_run_kept_of_its_model_stands_in_for_the_record(tmp_path: Path)
     [
         ({"safeguards": 3}, {}),
         ({"safeguards": [{"access": "api"}]}, {}),
-        ({"safeguards": [], "base": "x"}, {}),
+        ({"safeguards": [], "fingerprint": "a", "base": "x"}, {}),
         ({"fingerprint": "b", "dtype": "float32"}, {}),  # of other weights
         (
             {"safeguards": ["lat", {"name": "tar", "access": ["api"]}]},
@@ -492,7 +492,7 @@ def test_a_model_on_which_nothing_was_judged_comes_last(tmp_path: Path) -> None:
     assert "not judged" in by_model[by_model.index("unseen") :]
     assert "not judged" not in by_model[: by_model.index("unseen")]
     page = render_comparison(board)
-    assert "over the 2 attacks judged on all of them" in page
+    assert "over the attacks judged on all of them (2);" in page
     table = page[page.index('<section id="safeguards">') : page.index('<section id="controls">')]
     assert table.count("not judged") == 1
 
