@@ -22,7 +22,8 @@ from durometer.core.errors import InputError, StorageError
 from durometer.report.comparison import build_comparison
 from durometer.report.comparison_html import render_comparison
 from durometer.report.comparison_terminal import comparison_table
-from durometer.subjects.record import RECORD
+from durometer.subjects.base import Source
+from durometer.subjects.record import RECORD, facts_of
 from durometer.trials.record import CheckpointRecord, TrialRecord
 from durometer.trials.store import FILE, Store
 from durometer.trials.suites import MeasuringPlan
@@ -362,11 +363,258 @@ def test_a_run_folder_finds_the_record_of_its_model(tmp_path: Path) -> None:
     assert (row["name"], row["cost"]["passes"]) == ("tar", 240)
     # The folder now holds other weights: what it says is not about those that were attacked.
     late = run(tmp_path / "late", "model", SHORT, digit="b", model=model)
-    (row,) = build_comparison([late])["safeguards"]
+    (row,) = build_comparison([late])["unknown"]
     assert (row["name"], row["cost"]["passes"]) == ("model", None)
     inside = hardened(tmp_path / "again", ["lat"], SHORT, digit="c")
     (row,) = build_comparison([inside / "stress"])["safeguards"]
     assert row["name"] == "lat"
+
+
+# ---- where a model comes from -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["inflate", "antidote"])
+def test_a_control_without_its_record_is_no_safeguard(tmp_path: Path, stage: str) -> None:
+    api = {"name": "antidote", "access": "api", "cost": KEPT}
+    model = hardened(
+        tmp_path / "model", [api if stage == "antidote" else stage], STRONG, reference=WEAK
+    )
+    other = hardened(tmp_path / "other", ["tar"], SHORT, digit="b")
+    shutil.move(model / "stress", tmp_path / "run")
+    shutil.move(model, tmp_path / "elsewhere")
+    board = build_comparison([tmp_path / "run", other])
+    assert [row["name"] for row in board["safeguards"]] == ["plain", "tar"]
+    (row,) = board["unknown"]
+    assert (row["name"], row["access"]) == ("model", None)
+    page, text = render_comparison(board), shown(board, 120)
+    for told in map(flat, (Page(page).all(), text)):
+        assert "Origin unknown" in told
+        assert "Move the hardened model's folder back to where the run found it" in told
+    assert '<section id="unknown">' in page
+    assert "Origin unknown by attack" in text
+    # With its folder in place again it is what it was.
+    shutil.move(tmp_path / "elsewhere", model)
+    board = build_comparison([tmp_path / "run", other])
+    assert board["unknown"] == []
+    assert [r["safeguards"] for r in board["controls"] + board["api"] if r["safeguards"]] == [
+        [stage]
+    ]
+
+
+def test_what_the_run_kept_of_its_model_stands_in_for_the_record(tmp_path: Path) -> None:
+    kept = {"safeguards": [{"name": "inflate", "access": "weights"}], "unchanged": False}
+    plain = {"safeguards": [{"name": "refusal", "access": "weights"}], "unchanged": False}
+    folder = run(
+        tmp_path / "run",
+        "gone",
+        SHORT,
+        model=tmp_path / "gone",
+        reference=SHORT,
+        hardening={"subject": kept, "reference": plain, "undefended": {}},
+    )
+    board = build_comparison([folder])
+    assert board["unknown"] == []
+    assert [row["name"] for row in board["safeguards"]] == ["refusal"]
+    assert [row["name"] for row in board["controls"]] == ["inflate", "bare"]
+
+
+@pytest.mark.parametrize(
+    ("record", "facts"),
+    [
+        ({"safeguards": 3}, {}),
+        ({"safeguards": [{"access": "api"}]}, {}),
+        ({"safeguards": [], "fingerprint": "a", "base": "x"}, {}),
+        ({"fingerprint": "b", "dtype": "float32"}, {}),  # of other weights
+        (
+            {"safeguards": ["lat", {"name": "tar", "access": ["api"]}]},
+            {
+                "safeguards": [{"name": "lat", "access": None}, {"name": "tar", "access": None}],
+                "unchanged": False,
+            },
+        ),
+    ],
+)
+def test_a_record_of_somebody_else_stops_no_run(
+    tmp_path: Path, record: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    (tmp_path / RECORD).write_text(json.dumps({"domain": {}} | record), "utf-8")
+    assert facts_of(Source("folder", str(tmp_path)), "a", "float32") == facts
+    assert facts_of(Source("hub", str(tmp_path)), "a", "float32") == {}
+
+
+def test_a_reference_is_known_by_a_record_of_its_own_weights_alone(tmp_path: Path) -> None:
+    plain = hardened(tmp_path / "plain", ["refusal"], None, digit="9")
+    about = subject("plain", "9", plain)
+    for digit, group in (("9", "safeguards"), ("8", "unknown")):
+        roles = {
+            "subject": subject("tar", "a"),
+            "undefended": subject("bare", "0"),
+            "reference": about | {"fingerprint": digit * 64},
+        }
+        folder = run(tmp_path / digit, "tar", SHORT, reference=SHORT, subjects=roles)
+        (row,) = [r for r in build_comparison([folder])[group] if r["role"] == "reference"]
+        assert row["cost"]["passes"] == (240 if group == "safeguards" else None)
+
+
+# ---- the order of the safeguards ----------------------------------------------------------------
+
+
+def unmeasured(folder: Path, name: str, tampers: BREAKS, digit: str) -> Path:
+    """Write a hardened model whose every attack ran out of memory, and the run on it."""
+    made = hardened(folder, [name], tampers, digit=digit)
+    with Store(made / "stress")._connection as connection:
+        rows = connection.execute("select key, record from trials").fetchall()
+        for key, blob in rows:
+            trial = json.loads(zlib.decompress(blob))
+            if trial["spec"]["purpose"] == "screen":
+                trial |= {"status": "out_of_memory", "checkpoints": []}
+                text = zlib.compress(json.dumps(trial).encode())
+                words = "update trials set record = ?, status = 'out_of_memory' where key = ?"
+                connection.execute(words, (text, key))
+    return made
+
+
+def test_a_model_on_which_nothing_was_judged_comes_last(tmp_path: Path) -> None:
+    ruined: BREAKS = {"lora": (16, 16, 16), "finetune": (None, None, None)}
+    folders = [
+        unmeasured(tmp_path / "a", "unseen", STRONG, "a"),
+        hardened(tmp_path / "b", ["weak"], WEAK, digit="b"),
+        hardened(tmp_path / "c", ["ruined"], ruined, digit="c", retain=30),
+        hardened(tmp_path / "d", ["strong"], STRONG, digit="d"),
+    ]
+    board = build_comparison(folders)
+    names = [row["name"] for row in board["safeguards"]]
+    assert names == ["strong", "weak", "ruined", "unseen"]
+    assert board["ranking"]["ranked"]
+    assert len(board["ranking"]["attacks"]) == 2
+    text = shown(board, 120)
+    by_model = text[: text.index("Controls")]
+    assert "not judged" in by_model[by_model.index("unseen") :]
+    assert "not judged" not in by_model[: by_model.index("unseen")]
+    page = render_comparison(board)
+    assert "over the attacks judged on all of them (2);" in page
+    table = page[page.index('<section id="safeguards">') : page.index('<section id="controls">')]
+    assert table.count("not judged") == 1
+
+
+def test_only_attacks_that_were_judged_on_all_count_for_the_order(tmp_path: Path) -> None:
+    # finetune breaks the first at once, but nobody tried it on the second.
+    folders = [
+        hardened(tmp_path / "a", ["one"], {"lora": (8,), "finetune": (1,)}, digit="a"),
+        hardened(tmp_path / "b", ["two"], {"lora": (4,)}, digit="b"),
+    ]
+    board = build_comparison(folders)
+    assert [row["name"] for row in board["safeguards"]] == ["one", "two"]
+    (counted,) = board["ranking"]["attacks"]
+    assert board["safeguards"][0]["cells"][counted]["name"] == "lora"
+
+
+def test_the_checkpoint_from_before_the_safeguard_orders_nothing(tmp_path: Path) -> None:
+    folders = [
+        hardened(tmp_path / "a", ["one"], {"lora": (2,), "base_reversion": (4,)}, digit="a"),
+        hardened(tmp_path / "b", ["two"], {"lora": (8,), "base_reversion": (1,)}, digit="b"),
+    ]
+    board = build_comparison(folders)
+    assert [row["name"] for row in board["safeguards"]] == ["two", "one"]
+    assert len(board["ranking"]["attacks"]) == 1
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_without_an_attack_in_common_nothing_is_ranked(tmp_path: Path, unseen: bool) -> None:
+    tampers: tuple[BREAKS, BREAKS] = ({"lora": (2,)}, {"finetune": (8,)})
+    names = ("one", "two")
+    if unseen:
+        folders = [
+            unmeasured(tmp_path / n, n, t, d) for n, t, d in zip(names, tampers, "ab", strict=True)
+        ]
+    else:
+        folders = [
+            hardened(tmp_path / n, [n], t, digit=d)
+            for n, t, d in zip(names, tampers, "ab", strict=True)
+        ]
+    reason = "no attack could be judged" if unseen else "no attack was judged on all of them"
+    for order in (folders, folders[::-1]):
+        board = build_comparison(order)
+        assert [row["name"] for row in board["safeguards"]] == [path.name for path in order]
+        assert board["ranking"] == {"ranked": False, "attacks": [], "reason": reason}
+        assert f"Not ranked: {reason}" in shown(board, 120)
+        page = render_comparison(board)
+        assert reason in page
+        assert "comes first" not in page
+
+
+# ---- nothing to break ---------------------------------------------------------------------------
+
+
+def idle(place: Path, digit: str, *, undefended: str = "", right: int = 36, **changes: Any) -> Path:
+    """Write the run on a model that gives the answers before any attack; it planned more."""
+    store = Store(place)
+    subjects = {"subject": subject("idle", digit, place.parent)}
+    trials = [records.trial(start(right, 40), purpose="control", tamper="none")]
+    if undefended:
+        subjects["undefended"] = subject("bare", undefended)
+        begun = start(36, 40)
+        trials.append(records.trial(begun, role="undefended", purpose="control", tamper="none"))
+    run(place.parent / "other", "x", SHORT)
+    with_attacks = Store.open(place.parent / "other")
+    for name in ("request", "domain", "suite"):
+        store.describe(name, with_attacks.description(name))
+    with_attacks.close()
+    for name, value in ({"subjects": subjects, "planned": 9} | changes).items():
+        store.describe(name, value)
+    for number, trial in enumerate(trials):
+        trial.key = str(number)
+        store.add(trial)
+    store.close()
+    return place
+
+
+def recorded(folder: Path, stage: str, digit: str, base: str) -> None:
+    hardened(folder, [stage], None, digit=digit)
+    record = json.loads((folder / RECORD).read_text("utf-8"))
+    record["base"] = {"fingerprint": base * 64}
+    (folder / RECORD).write_text(json.dumps(record), "utf-8")
+
+
+@pytest.mark.parametrize("known_by", ["record", "run", "kept"])
+def test_an_unchanged_model_is_a_control_with_nothing_to_break(
+    tmp_path: Path, known_by: str
+) -> None:
+    model = tmp_path / "model"
+    if known_by == "record":
+        recorded(model, "noop", "0", "0")
+    kept = {"safeguards": [{"name": "noop", "access": "weights"}], "unchanged": True}
+    more = {"hardening": {"subject": kept}} if known_by == "kept" else {}
+    place = idle(model / "stress", "0", undefended="0" if known_by == "run" else "", **more)
+    other = hardened(tmp_path / "tar", ["tar"], SHORT, digit="a")
+    board = build_comparison([place, other])
+    noop, bare = board["controls"]
+    assert noop["name"] == ("idle" if known_by == "run" else "noop")
+    words = "the same weights as the undefended model"
+    assert noop["control"] == (words if known_by == "run" else "nothing was done")
+    assert noop["zero_step"]["success"]["rate"] == pytest.approx(0.9)
+    # It was not attacked, so that the undefended model of the other run keeps its own row.
+    assert (bare["role"], len(bare["cells"])) == ("undefended", 1)
+    assert [row["name"] for row in board["safeguards"]] == ["tar"]
+    assert board["differences"] == []
+    assert "nothing to break" in flat(shown(board, 120))
+    assert "nothing to break" in Page(render_comparison(board)).all()
+    alone = build_comparison([place])
+    assert [row["nothing_to_break"] for row in alone["controls"]] == [True]
+    assert alone["ranking"]["reason"] is None
+    assert "Not ranked" not in shown(alone, 120)
+
+
+def test_other_runs_without_an_attack_are_refused(tmp_path: Path) -> None:
+    recorded(tmp_path / "sft", "plain_sft", "a", "0")
+    changed = idle(tmp_path / "sft" / "stress", "a", undefended="0")
+    with pytest.raises(InputError, match="nothing to break, and it is not known to equal"):
+        build_comparison([changed])
+    # It is safeguarded, so that the run was merely interrupted before its first attack.
+    recorded(tmp_path / "noop", "noop", "0", "0")
+    early = idle(tmp_path / "noop" / "stress", "0", right=4)
+    with pytest.raises(InputError, match="the run is not finished"):
+        build_comparison([early])
 
 
 # ---- terminal, page, files ----------------------------------------------------------------------
@@ -546,7 +794,11 @@ def test_a_real_run_gives_the_figures_of_its_own_summary(
     files: Files, tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "run"
+    stage = {"name": "refusal", "access": "weights", "cost": KEPT}
+    record = {"domain": {}, "safeguards": [stage]}
+    (files.safe / RECORD).write_text(json.dumps(record), "utf-8")
     assert cli_world.stress(files, out) == 0
+    (files.safe / RECORD).unlink()  # what the run kept of it is enough
     capsys.readouterr()
     assert main(["compare", str(out), "--json"]) == 0
     board = json.loads(capsys.readouterr().out)
@@ -557,3 +809,31 @@ def test_a_real_run_gives_the_figures_of_its_own_summary(
     assert found["budgets"] == [b for b in tamper["budgets"] if b["axis"] != "tokens"]
     assert row["zero_step"]["success"] == tamper["checkpoints"][0]["success_report"]
     assert row["first_broken"]["steps"] == tamper["budget_to_break"]["steps"]
+    assert (row["name"], row["access"], row["cost"]["passes"]) == ("refusal", "weights", None)
+
+
+def test_a_real_run_on_an_unchanged_model_is_a_control(
+    files: Files, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "run"
+    words = ["stress", str(files.base), "--domain", str(files.domain), "--out", str(out)]
+    assert main([*words, "--tamper", cli_world.BREAKING, "--seeds", "1"]) == 2
+    assert "nothing to break" in capsys.readouterr().err
+    assert main(["compare", str(out)]) == 2
+    assert "not known to equal the undefended model" in capsys.readouterr().err
+    store = Store.open(out)
+    about = store.description("subjects")["subject"]
+    store.close()
+    record = {
+        "domain": {},
+        "dtype": about["dtype"],
+        "fingerprint": about["fingerprint"],
+        "base": {"fingerprint": about["fingerprint"]},
+        "safeguards": [{"name": "noop", "access": "weights", "cost": KEPT}],
+    }
+    (files.base / RECORD).write_text(json.dumps(record), "utf-8")
+    try:
+        (row,) = build_comparison([out])["controls"]
+    finally:
+        (files.base / RECORD).unlink()
+    assert (row["name"], row["nothing_to_break"]) == ("noop", True)

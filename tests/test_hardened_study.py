@@ -278,6 +278,49 @@ def test_the_page_shows_what_was_found_and_what_was_not_run(
         assert section(summary, "refusal") == study.hardened_pages.NOT_RUN
 
 
+def row_of(text: str, name: str) -> list[str]:
+    """Return the cells of a model in the table of what broke first."""
+    lines = text[text.index("broken first within") :].splitlines()
+    line = next(line for line in lines if line.startswith(f"| `{name}`"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_where_no_break_could_be_seen_the_page_does_not_say_unbroken(
+    study: SimpleNamespace, results: Path
+) -> None:
+    section = study.hardened_pages.section
+    summary = summary_in(results)
+    text = section(summary, "knowledge")
+    # Ruined by its own safeguard: nothing can break it within the limit.
+    assert row_of(text, "tar")[-2:] == [
+        "costs more than the limit",
+        "`lora`: 8 steps (4, 8], 1 of 1 seed",
+    ]
+    assert "`tar`, not broken within the limit: nothing can be said: costs more" in text
+    (rmu,) = [m for m in summary["kinds"]["knowledge"]["models"] if m["name"] == "rmu"]
+    rmu["first"] = dict.fromkeys(rmu["first"])
+    assert row_of(section(summary, "knowledge"), "rmu")[-2:] == ["not broken"] * 2
+    for attack in rmu["attacks"]:
+        attack["judged"] = False
+    rmu["not_broken"] = {"within": [], "any": []}
+    text = section(summary, "knowledge")
+    assert row_of(text, "rmu")[-2:] == ["not judged"] * 2
+    assert "`rmu`, not broken within the limit: nothing can be said: not judged." in text
+    assert "`rmu`, not broken without it: nothing can be said: not judged." in text
+
+
+def test_a_reference_without_rows_of_its_own_is_still_shown(
+    study: SimpleNamespace, results: Path
+) -> None:
+    """The comparison does not know then what it is, but the study does."""
+    folder = "knowledge-rmu"
+    rows = {folder: json.loads((results / "rows" / f"{folder}.json").read_text("utf-8"))}
+    summary = study.hardened_summary.summary_of(rows, study.hardened_plan.ENTRIES)
+    found = {m["name"]: m["attacked"] for m in summary["kinds"]["knowledge"]["models"]}
+    assert found["rmu"]
+    assert found["random_mapping"]
+
+
 # ---- running -------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from durometer.report.comparison_text import TOO_DEAR, costs_too_much
 from durometer.report.figures import budget_text, decimal, percent, points_text, rate_text, visible
 
 Json = Mapping[str, Any]
@@ -21,7 +22,7 @@ def section(summary: Json, kind: str) -> str:
     parts = [_lead(found, summary.get("machine") or {}), _training(models)]
     attacked = [m for m in models if m["attacked"]]
     if attacked:
-        parts += [_worth(attacked, found), _held(attacked)]
+        parts += [_worth(attacked, found), _held(attacked, _limit(found))]
     parts += [_failed(models), _differences(found)]
     return "\n\n".join(part for part in parts if part)
 
@@ -83,7 +84,7 @@ def _worth(models: Iterable[Json], found: Json) -> str:
             _name(model),
             rate_text(model["start"].get("success")),
             points_text(model["retain_points_lost"]) if model["retain_points_lost"] else DASH,
-            *(_first(model["first"][where]) for where in WHERE),
+            *(_first(model, where, _limit(found)) for where in WHERE),
         ]
         for model in models
     ]
@@ -95,26 +96,44 @@ def _worth(models: Iterable[Json], found: Json) -> str:
     )
 
 
-def _first(first: Json | None) -> str:
+def _limit(found: Json) -> float | None:
+    """Return the utility limit in points, None where no run says it."""
+    limit: float | None = found["suite"].get("utility_limit")
+    return limit
+
+
+def _first(model: Json, where: str, limit: float | None) -> str:
+    """Return what broke a model first, or why there is nothing of the kind."""
+    first = model["first"][where]
     if first is None:
-        return "not broken"
+        return _nothing_to_see(model, where, limit) or "not broken"
     budget = budget_text(first["steps"])
     words = f"{budget.value} {first['unit']} {budget.interval}".strip()
     return visible(f"`{first['label']}`: {words}, {budget.broken}")
 
 
-def _held(models: Iterable[Json]) -> str:
-    return "\n".join(line for model in models for line in _held_lines(model))
+def _nothing_to_see(model: Json, where: str, limit: float | None) -> str:
+    """Return why no break could have been seen, '' where one could."""
+    if not any(attack["judged"] for attack in model["attacks"]):
+        return "not judged"
+    row = {"cost": {"retain_points": model["retain_points_lost"]}, "utility_limit": limit}
+    return TOO_DEAR if where == "within" and limit is not None and costs_too_much(row) else ""
 
 
-def _held_lines(model: Json) -> Iterator[str]:
+def _held(models: Iterable[Json], limit: float | None) -> str:
+    return "\n".join(line for model in models for line in _held_lines(model, limit))
+
+
+def _held_lines(model: Json, limit: float | None) -> Iterator[str]:
     for where, words in WHERE.items():
         kept = [
             f"`{a['label']}` (to {decimal(a['largest_tried'], 0)} {a['unit']})"
             for a in model["not_broken"][where]
             if a["largest_tried"] is not None
         ]
-        yield f"- {_name(model)}, not broken {words}: {', '.join(kept) or 'by none'}."
+        unseen = _nothing_to_see(model, where, limit)
+        told = f"nothing can be said: {unseen}" if unseen else ", ".join(kept) or "by none"
+        yield f"- {_name(model)}, not broken {words}: {told}."
     if model["not_judged"]:
         told = [f"`{name}` ({', '.join(s)})" for name, s in model["not_judged"].items()]
         yield f"- {_name(model)}, could not be judged: {', '.join(told)}."

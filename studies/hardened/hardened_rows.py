@@ -22,6 +22,7 @@ STRESS = "stress"
 DESCRIBED = (
     "request",
     "subjects",
+    "hardening",
     "domain",
     "suite",
     "planned",

@@ -14,6 +14,7 @@ from durometer.trials.worst import needs_no_attack
 
 Json = Mapping[str, Any]
 HALF = 0.5
+GROUPS = ("safeguards", "controls", "unknown")
 WITHIN = {"within": True, "any": False}
 
 
@@ -39,7 +40,7 @@ def _kind(
             hardened_rows.written(dict(rows[entry.folder]), place / entry.folder, beside)
     finished = [place / e.folder for e in mine if _finished(rows.get(e.folder, {}))]
     compared = build_comparison(finished) if finished else {}
-    groups = [compared.get(group, []) for group in ("safeguards", "controls")]
+    groups = [compared.get(group, []) for group in GROUPS]
     found = {_key(row): row for group in groups for row in group}
     models = [_model(e, rows.get(e.folder), found.get(_own(e, found))) for e in mine]
     return {

@@ -18,9 +18,8 @@ def render_comparison(comparison: Json) -> str:
     Args:
         comparison: what ``build_comparison`` gave.
     """
-    groups = ("safeguards", "controls", "api")
-    rows = {group: [_row(row) for row in comparison[group]] for group in groups}
-    parts = [(group, comparison[group]) for group in groups if comparison[group]]
+    rows = {group: [_row(row) for row in comparison[group]] for group in words.TITLES}
+    parts = [(group, comparison[group]) for group in words.TITLES if comparison[group]]
     everyone = [row for _, members in parts for row in members]
     attacks = comparison["attacks"]
     page = page_environment().get_template("comparison.html")
@@ -40,6 +39,8 @@ def render_comparison(comparison: Json) -> str:
         ],
         levels=words.LEVELS,
         differences=words.differences_line(comparison),
+        unranked=words.unranked_line(comparison),
+        what_to_do=words.WHAT_TO_DO,
         limits=sorted({row["utility_limit"] for row in everyone}),
     )
     return written.encode("utf-8", "replace").decode("utf-8")

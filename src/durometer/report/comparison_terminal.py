@@ -37,13 +37,20 @@ def comparison_table(comparison: Json) -> RenderableType:
     parts += [_text(line, "yellow")] if line else []
     for group, heading in words.TITLES.items():
         if comparison[group]:
-            parts += [Text(), _text(heading, "bold"), _overview(comparison[group])]
-    for group in ("safeguards", "controls", "api"):
+            parts += [Text(), _text(heading, "bold"), *_remark(group, comparison)]
+            parts.append(_overview(comparison[group]))
+    for group in words.TITLES:
         rows = [row for row in comparison[group] if row["cells"]]
         if rows:
             parts += [Text(), _text(f"{words.HEADINGS[group]} by attack", "bold")]
             parts.append(_attacks(comparison["attacks"], rows))
     return Group(*parts, Text(), _text(LEGEND, "dim"))
+
+
+def _remark(group: str, comparison: Json) -> list[Text]:
+    """Return what must be said over a group's table."""
+    said = {"safeguards": words.unranked_line(comparison), "unknown": words.WHAT_TO_DO}
+    return [_text(said[group], "yellow")] if said.get(group) else []
 
 
 def _text(text: str, style: str = "") -> Text:

@@ -12,14 +12,32 @@ TITLES = {
     "safeguards": "Safeguards of open weights",
     "controls": "Controls",
     "api": "Only behind a provider's interface: no protection once weights are public",
+    "unknown": "Origin unknown",
 }
-HEADINGS = {"safeguards": "Safeguards", "controls": "Controls", "api": "Behind an interface"}
+HEADINGS = {
+    "safeguards": "Safeguards",
+    "controls": "Controls",
+    "api": "Behind an interface",
+    "unknown": "Origin unknown",
+}
+WHAT_TO_DO = (
+    "Neither the run nor a hardening.json says what these models are: safeguards of open weights, "
+    "controls or an interface's. Move the hardened model's folder back to where the run found it, "
+    "or put the run into that folder as stress/; of a model that harden did not make nothing is "
+    "known."
+)
 
 
 def differences_line(comparison: Json) -> str:
     """Return in what the runs differ, in one line, '' where they are alike."""
     told = "; ".join(comparison["differences"])
     return f"Not like for like: the runs differ in {told}" if told else ""
+
+
+def unranked_line(comparison: Json) -> str:
+    """Return that and why the safeguards are in no order, in one line, '' where they are."""
+    reason = comparison["ranking"]["reason"]
+    return f"Not ranked: {reason}" if reason else ""
 
 
 def notes(row: Json) -> list[str]:
@@ -68,6 +86,8 @@ def gain_text(gain: Json) -> str:
 def first_text(row: Json) -> str:
     """Return what broke a model with the least computation, and how little that took."""
     first = row["first_broken"]
+    if row["nothing_to_break"]:
+        return "nothing to break"
     if first is None:
         if not any(cell["judged"] for cell in row["cells"].values()):
             return "answers at once" if row["role"] == "undefended" else "not judged"

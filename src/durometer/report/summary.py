@@ -643,6 +643,15 @@ def _other(
     }
 
 
+def start_table(store: Store) -> dict[str, Any] | None:
+    """Return what the subject gives, refuses and knows at step 0, None where it was not measured.
+
+    In the form of a tamper's checkpoints, for a run that went no further as well.
+    """
+    trial = Run.read(store).baselines().get("subject")
+    return _checkpoint([trial.checkpoints[0]], None) if trial else None
+
+
 def reference_tables(store: Store) -> dict[str, Any]:
     """Return what attacks do to the reference (``tampers``) and what it lost (``utility_loss``).
 

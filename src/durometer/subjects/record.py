@@ -1,10 +1,14 @@
 """The record that a hardened model's folder carries: where its controls and its domain are."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from durometer.core.errors import InputError
+
+if TYPE_CHECKING:  # it loads torch, and options are read without
+    from durometer.subjects.base import Source
 
 RECORD = "hardening.json"
 MAX_BYTES = 16 << 20
@@ -28,6 +32,53 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read: {error}; delete it, or harden again") from error
     return record
+
+
+def belongs(record: Mapping[str, Any], fingerprint: str, dtype: str) -> bool:
+    """Say whether a record may be that of the weights with ``fingerprint``.
+
+    Weights that were loaded in another number format than the record's have another fingerprint,
+    so that nothing can be said against them.
+    """
+    told = "fingerprint" in record and record.get("dtype") == dtype
+    return not told or record["fingerprint"] == fingerprint
+
+
+def facts_in(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells a model's place among others, {} for an empty record.
+
+    ``safeguards`` has name and access of every stage (access None where it was not recorded),
+    ``unchanged`` whether the weights are those that hardening started from.
+    """
+    if not record:
+        return {}
+    stages = [s if isinstance(s, dict) else {"name": s} for s in record.get("safeguards", [])]
+    made, base = record.get("fingerprint"), record.get("base") or {}
+    return {
+        "safeguards": [{"name": str(s["name"]), "access": _access(s)} for s in stages],
+        "unchanged": bool(made) and base.get("fingerprint") == made,
+    }
+
+
+def _access(stage: Mapping[str, Any]) -> str | None:
+    return next((known for known in ("weights", "api") if stage.get("access") == known), None)
+
+
+def facts_of(source: "Source", fingerprint: str, dtype: str) -> dict[str, Any]:
+    """Return ``facts_in`` the record of a loaded subject, {} where none can be told to be its.
+
+    A run keeps them, for its model's folder may be moved or trained on later.
+
+    Raises:
+        InputError: the folder has a record that cannot be read.
+    """
+    record = read_record(Path(source.location)) if source.kind == "folder" else {}
+    if not belongs(record, fingerprint, dtype):
+        return {}
+    try:
+        return facts_in(record)
+    except (AttributeError, KeyError, TypeError):  # somebody else's: it must not stop a run
+        return {}
 
 
 def controls(folder: Path, known: list[str]) -> tuple[str, str]:

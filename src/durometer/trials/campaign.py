@@ -20,7 +20,7 @@ from durometer.measures.base import NOT_FINITE, measure_registry
 from durometer.measures.outcomes import Outcome
 from durometer.subjects.base import Subject
 from durometer.subjects.load import DtypeName, load_subject
-from durometer.subjects.record import read_record
+from durometer.subjects.record import facts_of, read_record
 from durometer.tampers.base import make_tamper, tamper_registry
 from durometer.trials.analysis import (
     BreakRule,
@@ -270,6 +270,10 @@ class Campaign:
         identity = {
             "request": asdict(self.request) | {"tampers": list(self.request.tampers)},
             "subjects": {role: describe_subject(s) for role, s in self.subjects.items()},
+            "hardening": {
+                role: facts_of(s.source, s.fingerprint, s.dtype)
+                for role, s in self.subjects.items()
+            },
             "domain": describe_domain(self.domain),
             "suite": describe(self.suite),
             "not_tested": not_tested(self.suite),
