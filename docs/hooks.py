@@ -29,7 +29,7 @@ LAYERS = (
     ("trials",),
     ("safeguards",),
     ("tampers",),
-    ("measures",),
+    ("measures", "headlines"),
     ("domains", "subjects"),
     ("formats",),
     ("core",),

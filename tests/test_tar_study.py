@@ -1,5 +1,6 @@
 """The study of TAR: when a curve counts as broken, the summary's arithmetic, jobs and resuming."""
 
+import io
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ OWN = ("run", "tar_attacks", "tar_jobs", "tar_pages", "tar_plan", "tar_summary",
 START = {"report": 0.05, "defence": 0.0, "never": 0.05, "retain": 0.99}
 START |= {"entities": {"report": 56, "defence": 40}}  # type: ignore[dict-item]
 NEVER_BROKE: dict[str, Any] = {"report": {}, "defence": {}}
+KEYS = ("25", "25 within", "50", "50 within")
 Json = dict[str, Any]
 
 
@@ -120,6 +122,9 @@ def test_the_worst_case_is_the_least_with_its_interval(study: SimpleNamespace) -
     # A bound is what every finished trial got to; one that diverged early says nothing of it.
     assert worst(records, "report", "50 within") == {"step": None, "above": 128, "longest": 128}
     assert worst(records[4:], "report", "50") is None
+    sooner = worst([*records, trial(FULL, 9, 3)], "report", "50")
+    # What ended at 3 might have been the first.
+    assert (sooner["step"], sooner["low"]) == (found["step"], 3)
     zero = worst([trial(FULL, 1, 0, half=0)], "report", "50")
     assert (zero["step"], zero["low"]) == (0, 0)
     assert study.tar_summary.previous(1) == 0
@@ -145,7 +150,7 @@ def test_factors_carry_both_intervals(study: SimpleNamespace) -> None:
     assert factor({"step": None, "above": 128}, plain) == {"factor": None, "low": 32, "high": None}
     for other in ({"step": None, "above": 128}, {"step": 0, "low": 0}, None):
         assert "reason" in factor(tar, other)
-    assert study.tar_pages.times(found) == "10.0 [8.0, 13.3]"
+    assert study.tar_pages.times(found) == "10.0 (grid 8.0 to 13.3)"
     assert study.tar_pages.times(factor({"step": None, "above": 128}, plain)) == "> 32.0"
 
 
@@ -239,6 +244,73 @@ def test_what_ran_is_not_run_again(study: SimpleNamespace, planned: SimpleNamesp
     run_all(planned, again)
     assert [job["key"] for job in again.jobs] == [json.loads(lines[-1])["key"]]
     assert file.read_bytes().splitlines(keepends=True)[:-1] == lines[:-1]
+
+
+def test_a_full_disk_leaves_whole_lines(
+    study: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = study.tar_jobs.Results(tmp_path)
+    results.add("screen", {"key": "a"})
+    kept = (tmp_path / "screen.jsonl").read_bytes()
+
+    class Short(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(bytes(data)[:5])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode, buffering: Short(path, mode.strip("b")))
+        with pytest.raises(OSError, match=r"5 of 12 bytes were written .* run the part again"):
+            results.add("screen", {"key": "b"})
+    assert (tmp_path / "screen.jsonl").read_bytes() == kept
+    assert set(study.tar_jobs.Results(tmp_path).trials) == {"a"}
+
+
+def test_the_headline_waits_until_a_part_is_finished(
+    study: SimpleNamespace, planned: SimpleNamespace
+) -> None:
+    run_all(planned, working(study, planned, attacked))
+    part = study.tar_summary.part(planned.results, planned.trials)
+    limits = {"seeds": 2, "cap": 128, "training_seeds": 1}
+    summary = {"screen": part, "limits": {"screen": limits, "best": limits}}
+    told = study.tar_pages.headline(summary)
+    assert "Knowledge" in told
+    half = study.tar_summary.part(
+        study.tar_jobs.Results(planned.results.folder / "n"), planned.trials
+    )
+    assert study.tar_pages.headline(summary | {"best": half}) == told
+    assert study.tar_pages.headline({"best": half, "limits": summary["limits"]}) == (
+        study.tar_pages.NOT_RUN
+    )
+
+
+def test_factors_are_told_by_training_seed(study: SimpleNamespace) -> None:
+    def row(label: str, steps: dict[str, int]) -> Json:
+        def found(step: int) -> Json:
+            return {"step": step, "low": step - 1}
+
+        least = found(min(steps.values()))
+        worst = {key: dict.fromkeys(("all", "in", "out"), least) for key in KEYS}
+        by_seed = {s: {key: found(step) for key in KEYS} for s, step in steps.items()}
+        told = {"label": label, "kind": "knowledge", "worst": {"report": worst}}
+        return told | {"worst_by_training_seed": by_seed}
+
+    rows = [row("tar", {"7": 40, "8": 90}), row("random_mapping", {"7": 8, "8": 10})]
+    factors = study.tar_summary.factors(rows)["knowledge"]
+    by_seed = factors["by_training_seed"]["50"]
+    assert [found["factor"] for found in by_seed.values()] == [5.0, 9.0]
+    assert study.tar_pages._seed_factors(factors, "50") == (
+        " (training seed by training seed 5.0; 9.0)"
+    )
+    assert study.tar_pages._seed_factors({}, "50") == ""
+
+
+def test_the_committed_summary_is_of_the_presets_of_today(study: SimpleNamespace) -> None:
+    summary = json.loads((FOLDER / "results" / "summary.json").read_text("utf-8"))
+    models = {(m.kind, m.label): m for m in study.tar_plan.all_models(("knowledge", "refusal"))}
+    parts = [summary[name] for name in ("screen", "best", "seeds") if name in summary]
+    assert parts
+    for found in (found for part in parts for found in part["rows"]):
+        assert models[found["kind"], found["label"]].identity in found["models"]
 
 
 def test_a_model_that_was_trained_again_is_attacked_again(
@@ -459,7 +531,7 @@ def test_every_part_runs_is_resumed_and_shown(
     assert set(parts) < set(summary)
     shown = study.tar_pages.section(summary, "screen-knowledge")
     assert "| `tar` | 5.0 % | 1.1 | 2 | 30 | 17 (16, 17] | > 128 |" in shown
-    assert "a factor of 4.2 [4.0, 5.7]" in study.tar_pages.headline(summary)
+    assert "a factor of 4.2 (grid 4.0 to 5.7)" in study.tar_pages.headline(summary)
     # The strongest adversary went on to twice the cap on TAR, which no longer trial broke.
     longest = summary["seeds"]["rows"][1]["worst"]["report"]["50 within"]["all"]["longest"]
     assert any(job.get("cap") == 256 for job in work.jobs)
@@ -481,10 +553,10 @@ def test_both_figures_are_read_off_and_drawn(study: SimpleNamespace) -> None:
         "entropy": {"late": [path("restricted", 2, 1.8, 1.6), path("restricted", 2, 2.0, 1.8)]},
         "cross_entropy": {"late": [path("restricted", 9, 4.0, 0.5)]},
     }
-    found = study.tar_summary.figure3(named, 4)
+    found = study.tar_summary.figure3(named, 4, {"done": 4})
     assert found["at_k"]["restricted"]["entropy"] == 1.9
     assert not found["at_k"]["restricted"]["reproduced"]  # 4.0 is above 1.9
-    assert study.tar_summary.figure3(named, 8)["at_k"]["restricted"]["reproduced"]
+    assert study.tar_summary.figure3(named, 8, {})["at_k"]["restricted"]["reproduced"]
     orders = [
         {
             "curve": {"step": [1, 2, 3], "report": [0.0, 0.1, share], "retain": [1, 1, 1]},

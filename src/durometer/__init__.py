@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from durometer.audit.command import audit_model
     from durometer.comparing import Comparison, compare
     from durometer.domains.load import load_domain
+    from durometer.recomputing import Recomputation, recompute
     from durometer.safeguards.harden import Hardened, harden
     from durometer.subjects.load import load_subject
 
@@ -21,12 +22,14 @@ __all__ = [
     "CampaignResult",
     "Comparison",
     "Hardened",
+    "Recomputation",
     "__version__",
     "audit_model",
     "compare",
     "harden",
     "load_domain",
     "load_subject",
+    "recompute",
     "screen_quantisation",
     "stress",
 ]
@@ -38,6 +41,8 @@ _HOMES = {
     "compare": "durometer.comparing",
     "Hardened": "durometer.safeguards.harden",
     "harden": "durometer.safeguards.harden",
+    "Recomputation": "durometer.recomputing",
+    "recompute": "durometer.recomputing",
     "screen_quantisation": "durometer.api",
     "stress": "durometer.api",
     "audit_model": "durometer.audit.command",
@@ -45,10 +50,12 @@ _HOMES = {
     "load_subject": "durometer.subjects.load",
 }
 
+_WITHOUT_TORCH = ("audit_model", "Recomputation", "recompute")
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'durometer' has no attribute '{name}'")
-    if name != "audit_model":  # an audit needs no torch
+    if name not in _WITHOUT_TORCH:
         import_module("durometer.catalogue")
     return getattr(import_module(_HOMES[name]), name)

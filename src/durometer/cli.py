@@ -69,8 +69,8 @@ Subject = Annotated[
 Domain = Annotated[
     str | None,
     typer.Option(
-        help="What it is safeguarded on: built-in name or folder, with :refusal or :knowledge. A "
-        "built-in safeguarded subject has its own."
+        help="What it is safeguarded on: built-in name or folder, with :refusal or :knowledge; or "
+        "a benchmark's own copy as NAME:SOURCE. A built-in safeguarded subject has its own."
     ),
 ]
 Suite = Annotated[str, typer.Option(help="quick, standard (screens) or full (claim-grade).")]
@@ -327,6 +327,101 @@ def compare(
     return comparing.run(folders, out, as_json=json)
 
 
+PrintedRates = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ARM=FIGURE",
+        help='Printed rate, as "base=59.06 %"; ARM may be ARM:CATEGORY. Repeatable.',
+    ),
+]
+PrintedDifferences = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="BEFORE,AFTER=FIGURE",
+        help="Printed difference in points, after minus before. Repeatable.",
+    ),
+]
+PrintedChanges = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="BEFORE,AFTER=FIGURE",
+        help="Printed change relative to the rate before. Repeatable.",
+    ),
+]
+PrintedDeviations = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ARM=FIGURE", help="Printed standard deviation. Repeatable."),
+]
+ColumnNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ROLE=NAME",
+        help="Name of a column: item, arm, category, scorer, entity, outcome, count, successes, "
+        "n, unparsed. Repeatable.",
+    ),
+]
+
+
+@app.command(
+    epilog="Exit codes: 0 every headline follows; 1 one does not; 2 wrong usage or input; 3 "
+    "results could not be written; 4 a fault of durometer; 130 interrupted."
+)
+def recompute(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            show_default=False,
+            help="Outcomes, item by item or as counts: .csv, .tsv or .jsonl; or a shipped table: "
+            "2409.19476-asr, -accuracy, -adoption.",
+        ),
+    ],
+    rate: PrintedRates = None,
+    difference: PrintedDifferences = None,
+    change: PrintedChanges = None,
+    deviation: PrintedDeviations = None,
+    headlines: Annotated[
+        Path | None,
+        typer.Option(metavar="F.toml", help="Headlines and settings; else FILE's own .toml."),
+    ] = None,
+    success: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OUTCOME", help="What counts as a success. Repeatable."),
+    ] = None,
+    unparsed: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OUTCOME", help="What could not be read. Repeatable."),
+    ] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CATEGORY=NAME", help="A category's own scorer. Repeatable."),
+    ] = None,
+    column: ColumnNames = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write recompute.html and recompute.json there."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
+) -> int:
+    """Check whether printed figures follow from their rows; exit 1 if one does not."""
+    from durometer import recomputing
+
+    return recomputing.run(
+        file,
+        headlines,
+        out,
+        as_json=json,
+        rate=rate or (),
+        difference=difference or (),
+        change=change or (),
+        deviation=deviation or (),
+        success=success or (),
+        unparsed=unparsed or (),
+        scorer=scorer or (),
+        column=column or (),
+    )
+
+
 @app.command("list")
 def list_(
     kind: Annotated[
@@ -377,7 +472,11 @@ def cache(
 @domain_app.command("check")
 def domain_check(
     spec: Annotated[
-        str, typer.Argument(metavar="DIR_OR_NAME", help="Domain folder or built-in name.")
+        str,
+        typer.Argument(
+            metavar="DIR_OR_NAME",
+            help="Domain folder, built-in name, or a benchmark's own copy as NAME:SOURCE.",
+        ),
     ],
 ) -> int:
     """Count a domain's items and look for overlaps between its splits; exit 2 if it is unsound."""

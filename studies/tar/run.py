@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -363,20 +364,22 @@ def summarise(results: Results, work: Path) -> Json:
 
 def _figure3_summary(results: Results, limits: Limits, work: Path) -> Json | None:
     jobs = figure3_jobs(results, limits, work)
-    named = {
+    records = {
         loss: {
-            when: [
-                r
-                for job in found
-                if (r := results.trials.get(job["key"])) and r["status"] != "errored"
-            ]
+            when: [results.trials.get(job["key"], {"status": "missing"}) for job in found]
             for when, found in times.items()
         }
         for loss, times in jobs.items()
     }
-    if not any(found for times in named.values() for found in times.values()):
+    every = [r for times in records.values() for found in times.values() for r in found]
+    named = {
+        loss: {when: [r for r in found if "curve" in r] for when, found in times.items()}
+        for loss, times in records.items()
+    }
+    if not any("curve" in r for r in every):
         return None
-    return tar_summary.figure3(named, tiny_tar().inner_steps)
+    statuses = Counter(r["status"] for r in every)
+    return tar_summary.figure3(named, tiny_tar().inner_steps, statuses)
 
 
 def _figure5_summary(results: Results, limits: Limits) -> Json | None:

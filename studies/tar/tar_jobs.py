@@ -4,6 +4,7 @@ A job that fails, or whose process dies, becomes a result with the status ``erro
 go on.
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -43,10 +44,18 @@ class Results:
         (self.models if part == MODELS else self.trials)[record["key"]] = record
 
     def add(self, part: str, record: Json) -> None:
-        """Append a record to the file of ``part`` in one write."""
-        text = json.dumps(record, separators=(",", ":")) + "\n"
+        """Append a record to the file of ``part`` in one write.
+
+        Raises:
+            OSError: the disk is full, say; the file is as it was.
+        """
+        line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
         with (self.folder / f"{part}.jsonl").open("ab", buffering=0) as out:
-            out.write(text.encode())
+            before = out.tell()
+            if (written := out.write(line)) != len(line):
+                out.truncate(before)
+                told = f"{written} of {len(line)} bytes were written to {out.name}"
+                raise OSError(errno.ENOSPC, f"{told}; free some space and run the part again")
         self._know(part, record)
 
     def limits(self) -> Json:

@@ -54,11 +54,12 @@ def spread(found: Json | None) -> str:
     return f"{middle} [{found['min']:,.0f}, {most}]"
 
 
-def times(found: Json) -> str:
-    """Return a factor with its interval, or why there is none."""
+def times(found: Json, *, grid: bool = True) -> str:
+    """Return a factor, with what the grid of budgets leaves open, or why there is none."""
     if found["factor"] is not None:
         high = "?" if found["high"] is None else decimal(found["high"])
-        return f"{decimal(found['factor'])} [{decimal(found['low'])}, {high}]"
+        told = f" (grid {decimal(found['low'])} to {high})" if grid else ""
+        return f"{decimal(found['factor'])}{told}"
     return f"> {decimal(found['low'])}" if "low" in found else found["reason"]
 
 
@@ -127,11 +128,13 @@ def _factor_lines(summary: Json, kind: str) -> Iterable[str]:
             continue
         rows = {r["label"]: r for r in summary[part]["rows"] if r["kind"] == kind}
         tar, plain = rows["tar"], rows[PLAIN[kind]]
+        if unfinished(tar) or unfinished(plain):
+            continue
         limits = summary["limits"][part]
         told = [
             f"{words}: {budget(tar['worst']['report'][key]['all'])} updates against "
             f"{budget(plain['worst']['report'][key]['all'])}, a factor of "
-            f"{times(found[key]['all'])}"
+            f"{times(found[key]['all'])}{_seed_factors(found, key)}"
             for key, words in ((FALLEN, "without a utility limit"), (KEPT, "within the limit"))
         ]
         yield (
@@ -142,6 +145,17 @@ def _factor_lines(summary: Json, kind: str) -> Iterable[str]:
             f"{_price(tar)}"
         )
         return
+
+
+def unfinished(found: Json) -> bool:
+    """Say whether planned trials of a row are still to be run: its worst case may be another."""
+    return bool({"missing", "not_trained"} & set(found["statuses"]))
+
+
+def _seed_factors(found: Json, key: str) -> str:
+    seeds = found.get("by_training_seed", {}).get(key, {})
+    told = "; ".join(times(factor, grid=False) for factor in seeds.values())
+    return f" (training seed by training seed {told})" if told else ""
 
 
 def _price(found: Json) -> str:
@@ -221,6 +235,10 @@ def _statuses(rows: Iterable[Json]) -> str:
     for found in rows:
         for status, count in found["statuses"].items():
             counts[status] = counts.get(status, 0) + count
+    return _counted(counts)
+
+
+def _counted(counts: Mapping[str, int]) -> str:
     told = [f"{count:,} {status.replace('_', ' ')}" for status, count in sorted(counts.items())]
     return ", ".join(told)
 
@@ -319,6 +337,7 @@ def _figure3(found: Json) -> str:
         for name, v in found["at_k"].items()
     ]
     parts = [picture("tar_figure3", "Loss of inner attackers, and retain, by loss of TAR")]
+    parts.append(f"Trajectories: {_counted(found['statuses'])}.")
     return "\n\n".join(filter(None, [*parts, table(head, body)]))
 
 
@@ -399,7 +418,7 @@ def _dots(rows: Sequence[tuple[str, list[Mark]]]) -> str:
         for shift, (colour, found) in zip((-3.5, 3.5), marks, strict=True):
             body += _mark(x, y + shift, colour, found)
     body += _legend(left, [(COLOURS[0], "no utility limit"), (COLOURS[1], "within the limit")])
-    name = "updates until half is back, worst case over adversaries and seeds (arrow: not reached)"
+    name = "updates until half is back, worst case of all attacks (arrow: not reached)"
     body.append(_text(left, height - 4, name, size=11, fill=GREY))
     return _svg(width, height, "Worst-case budgets until half of the knowledge is back", body)
 

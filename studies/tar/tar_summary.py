@@ -41,18 +41,20 @@ def previous(step: int) -> int:
 def worst(records: Sequence[Json], split: str, key: str) -> Json | None:
     """Return the least step at which any trial reached a level, with its interval (low, step].
 
+    A trial that ended sooner without it might have been the first: then ``low`` is its length.
     Where none did, ``step`` is None and ``above`` the length that every finished trial got to,
     ``longest`` the one that any did. None where no trial counts.
     """
     counted = [r for r in records if r["status"] in COUNTED]
     broken = [r for r in counted if key in r["broke"][split]]
+    ended = [r["last"] for r in counted if r["status"] == "done" and key not in r["broke"][split]]
     if broken:
         first = min(broken, key=lambda r: r["broke"][split][key])
         step = first["broke"][split][key]
         adversary = {"adversary": first["adversary"], "seed": first["seed"]}
-        return {"step": step, "low": previous(step) if step else 0, **adversary}
-    lasts = [r["last"] for r in counted if r["status"] == "done"]
-    return {"step": None, "above": min(lasts), "longest": max(lasts)} if lasts else None
+        low = min([previous(step), *ended]) if step else 0
+        return {"step": step, "low": low, **adversary}
+    return {"step": None, "above": min(ended), "longest": max(ended)} if ended else None
 
 
 def middle(records: Sequence[Json], split: str, key: str) -> Json | None:
@@ -119,6 +121,7 @@ def row(results: Results, label: str, kind: str, trials: Sequence[Trial]) -> Jso
     models = list(dict.fromkeys(trial.model for trial in trials))
     records, statuses = records_of(results, trials)
     told: Json = {"label": label, "kind": kind, "role": models[0].role}
+    told["models"] = [model.identity for model in models]
     told |= _models(results, models) | {"statuses": dict(sorted(statuses.items()))}
     told["worst"] = {
         split: {
@@ -191,7 +194,10 @@ def part(results: Results, trials: Sequence[Trial]) -> Json:
 
 
 def factors(rows: Sequence[Json]) -> Json:
-    """Return by kind how many times the plain safeguard's worst-case budget TAR withstands."""
+    """Return by kind how many times the plain safeguard's worst-case budget TAR withstands.
+
+    With several training seeds also by the seed that both were trained with.
+    """
     by_place = {(r["kind"], r["label"]): r for r in rows}
     return {
         kind: {
@@ -201,9 +207,20 @@ def factors(rows: Sequence[Json]) -> Json:
             }
             for key in KEYS
         }
+        | _by_training_seed(tar, plain)
         for kind, name in PLAIN.items()
         if (tar := by_place.get((kind, "tar"))) and (plain := by_place.get((kind, name)))
     }
+
+
+def _by_training_seed(tar: Json, plain: Json) -> Json:
+    one, other = (r.get("worst_by_training_seed", {}) for r in (tar, plain))
+    seeds = [seed for seed in one if seed in other]
+    found = {
+        key: {seed: factor(one[seed][key], other[seed][key]) for seed in seeds}
+        for key in (FALLEN, KEPT)
+    }
+    return {"by_training_seed": found} if seeds else {}
 
 
 def adversaries(results: Results, trials: Iterable[Trial]) -> Json:
@@ -273,18 +290,22 @@ def strongest(results: Results, trials: Sequence[Trial]) -> list[str]:
 # ---- the two figures -----------------------------------------------------------------------
 
 
-def figure3(named: Mapping[str, Mapping[str, list[Json]]], inner: int) -> Json:
+def figure3(
+    named: Mapping[str, Mapping[str, list[Json]]], inner: int, statuses: Mapping[str, int]
+) -> Json:
     """Return the mean curves by loss, length of training and adversary, and whether it holds here.
 
     Args:
         named: trajectories by loss and length of training.
         inner: K, the length of TAR's own inner attacks.
+        statuses: how many planned trajectories ended how.
     """
     curves = {
         loss: {when: _by_adversary(found) for when, found in times.items()}
         for loss, times in named.items()
     }
-    return {"inner_steps": inner, "curves": curves, **_verdict3(curves, inner)}
+    told = {"inner_steps": inner, "statuses": dict(sorted(statuses.items())), "curves": curves}
+    return told | _verdict3(curves, inner)
 
 
 def _by_adversary(records: Iterable[Json]) -> Json:

@@ -40,6 +40,7 @@ __all__ = [
     "mcnemar_exact",
     "median_budget",
     "newcombe_paired",
+    "newcombe_unpaired",
     "paired_bootstrap",
     "paired_difference",
     "seed_level_rate",
@@ -469,6 +470,30 @@ def newcombe_paired(
     interval = _newcombe_interval(cells, level)
     value, p_value = (gained - lost) / n, mcnemar_exact(gained, lost)
     return Difference(value, interval.low, interval.high, gained, lost, n, n, p_value)
+
+
+def newcombe_unpaired(
+    before: tuple[int, int], after: tuple[int, int], level: float = 0.95
+) -> Interval:
+    """Return Newcombe's hybrid score interval of a difference, after minus before, of two samples.
+
+    For arms on different items, or where only the counts of each arm are known.
+
+    Args:
+        before: successes and trials of the first arm.
+        after: successes and trials of the second arm.
+        level: two-sided confidence level.
+
+    Raises:
+        ValueError: if an arm has no trials or its count does not fit.
+
+    Source: Newcombe (1998), Stat. Med. 17:873, method 10.
+    """
+    first, second = wilson(*before, level), wilson(*after, level)
+    difference = second.rate - first.rate
+    down = math.hypot(second.rate - second.low, first.high - first.rate)
+    up = math.hypot(second.high - second.rate, first.rate - first.low)
+    return Interval(max(-1.0, difference - down), min(1.0, difference + up))
 
 
 def paired_difference(
