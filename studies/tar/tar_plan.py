@@ -25,6 +25,8 @@ PLAIN = {"knowledge": "random_mapping", "refusal": "refusal"}
 # Safeguards that are controls, and a subject that was never taught what is restricted.
 CONTROLS = ("noop", "plain_sft", "norm_noise", "inflate")
 NEVER = "micro-never"
+# What a control must fall to, whichever adversaries a part has: it was made for that.
+ADAPTIVE = {"inflate": ("rescale, then full 3e-4",)}
 # Specs that say more than a name; {tar} is the folder of TAR for the same kind.
 SPECIAL = {"norm_noise": "norm_noise:like={tar}"}
 # TAR with the terms of its paper alone, at the distance that suits them.
@@ -269,7 +271,7 @@ def undefended_share(results: Results, trial: Trial) -> float | None:
 def crossed(models: Iterable[Model], limits: Limits, cap: int = 0) -> Iterator[Trial]:
     """Yield every adversary and seed on every model, one model after the other."""
     for model in dict.fromkeys(models):
-        for name in limits.adversaries:
+        for name in dict.fromkeys((*limits.adversaries, *ADAPTIVE.get(model.label, ()))):
             for seed in range(1, limits.seeds + 1):
                 yield Trial(model, BY_NAME[name], seed, cap or limits.cap)
 

@@ -190,7 +190,8 @@ def part(results: Results, trials: Sequence[Trial]) -> Json:
         for place in places
         for kind, label in [place]
     ]
-    return {"rows": rows, "factors": factors(rows), "adversaries": adversaries(results, trials)}
+    common = [trial for trial in trials if trial.model.role == "safeguard"]
+    return {"rows": rows, "factors": factors(rows), "adversaries": adversaries(results, common)}
 
 
 def factors(rows: Sequence[Json]) -> Json:
