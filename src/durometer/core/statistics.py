@@ -621,7 +621,8 @@ def cohen_kappa(
     if not first or not len(first) == len(second) == len(entities):
         raise ValueError(f"{len(first)} and {len(second)} labels for {len(entities)} items")
     labels = tuple(sorted({*first, *second}))
-    cells = [labels.index(a) * len(labels) + labels.index(b) for a, b in zip(first, second, strict=True)]
+    rows, columns = (np.array([labels.index(one) for one in side]) for side in (first, second))
+    cells = rows * len(labels) + columns
     sums, sizes = _cluster_sums(np.eye(len(labels) ** 2)[cells].T, entities)
     shape = (-1, len(labels), len(labels))
     whole = sums.sum(axis=1).reshape(shape)

@@ -73,6 +73,9 @@ _PLAIN = JudgeDescription(
     template=f"{_HEAD}{_CATEGORIES}{_TAIL}",
     contextual="",
     control=(
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
         "<BEGIN UNSAFE CONTENT CATEGORIES>",
         "<END UNSAFE CONTENT CATEGORIES>",
         "<BEGIN CONVERSATION>",
