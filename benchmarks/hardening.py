@@ -157,9 +157,9 @@ class Alone:
         for pool, terms in pools.items():
             rows = step.rows(pool)
             roles = tuple(dict.fromkeys(role for term in terms for role in term.reads))
-            whole = any(term.whole for term in terms)
-            forward = self._subject.forward
-            for one in passes(forward, rows, roles, self._reference, whole=whole):
+            whole, unit = any(term.whole for term in terms), max(term.unit for term in terms)
+            forward, frozen = self._subject.forward, self._reference
+            for one in passes(forward, rows, roles, frozen, whole=whole, unit=unit):
                 losses = [reduced(term, one, rows) * factor for term, factor in terms.items()]
                 torch.stack(losses).sum().backward()
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from durometer.core.forward import LAYOUT_TOLERANCE, Forward, RowScore, supports_tree
-from durometer.core.rows import Row, tree_packs
+from durometer.core.rows import Row, tree_packs, tree_size
 
 Model = Any
 examples = settings(max_examples=30, deadline=None, database=None)
@@ -73,16 +73,24 @@ def gradients(model: Model, forward: Forward, rows: Sequence[Row], nodes: int) -
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@given(rows_of, st.integers(1, 40))
+def prefixes_of(rows: Sequence[Row]) -> set[tuple[int, ...]]:
+    return {row.ids[:end] for row in rows for end in range(1, len(row.ids) + 1)}
+
+
+@given(rows_of, st.integers(1, 40), st.integers(1, 3))
 @settings(max_examples=100, deadline=None, database=None)
-def test_a_pack_is_the_tree_of_its_prefixes(rows: list[Row], nodes: int) -> None:
+def test_a_pack_is_the_tree_of_its_prefixes(rows: list[Row], nodes: int, unit: int) -> None:
     members: list[int] = []
-    for indices, pack in tree_packs(rows, nodes):
+    own: list[Row] = []
+    for indices, pack in tree_packs(rows, nodes, unit):
+        if members:  # the last pack had no room for these
+            assert len(prefixes_of([*own, *rows[indices[0] : indices[0] + unit]])) > nodes
         members += indices
         own = [rows[index] for index in indices]
-        prefixes = {row.ids[:end] for row in own for end in range(1, len(row.ids) + 1)}
-        assert len(pack.ids) == len(prefixes)
-        assert len(prefixes) <= nodes or len(indices) == 1
+        prefixes = prefixes_of(own)
+        assert len(pack.ids) == len(prefixes) == tree_size(own)
+        assert len(prefixes) <= nodes or len(indices) <= unit
+        assert indices[0] % unit == 0
         paths = []
         for node in range(len(pack.ids)):
             seen = pack.visible[node].nonzero()[:, 0]
@@ -239,6 +247,62 @@ def test_short_rows_stay_trees_under_a_window(make_model: Callable[..., Model]) 
     )
     Forward(model, tree=True).score(rows)
     assert all(len(shape) == 4 and shape[-1] <= 16 for shape in masks)
+
+
+def layouts(model: Model) -> list[tuple[int, ...]]:
+    """Return a list that fills with the shape of the mask of every pass."""
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, options: shapes.append(tuple(options["attention_mask"].shape)),
+        with_kwargs=True,
+    )
+    return shapes
+
+
+PAIRS = [Row((*range(5, 12), *range(20 + i, 24 + j)), 7) for i in range(10) for j in (i, i + 3)]
+
+
+@pytest.mark.parametrize(
+    # Nodes that are allowed in a window, and in a whole pass.
+    ("window", "most", "tree"),
+    [(10_000, 10_000, True), (40, 10_000, False), (10_000, 40, False)],
+)
+def test_whole_batches_take_one_pass_whatever_they_take(
+    make_model: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+    window: int,
+    most: int,
+    tree: bool,
+) -> None:
+    monkeypatch.setattr("durometer.core.forward.NODES_PER_WHOLE_PACK", most)
+    model = make_model("Mistral", sliding_window=window)
+    shapes = layouts(model)
+    forward = Forward(model, tree=True)
+    (part,) = forward.labelled(PAIRS, whole=True)
+    assert part.members == tuple(range(20))
+    assert (len(shapes[0]) == 4) is tree
+    assert len(shapes) == 1
+    for index, logits in enumerate(by_label(forward, PAIRS)):
+        torch.testing.assert_close(part.logits[part.rows == index], logits, atol=1e-5, rtol=1e-5)
+    assert list(forward.labelled([], whole=True)) == []
+
+
+@pytest.mark.parametrize("tree", [True, False])
+@pytest.mark.parametrize(("window", "unit"), [(40, 2), (16, 2), (13, 2), (40, 5), (16, 5)])
+def test_rows_that_belong_together_are_never_parted(
+    make_model: Callable[..., Model], window: int, unit: int, tree: bool
+) -> None:
+    model = make_model("Mistral", sliding_window=window)
+    forward = Forward(model, tree=tree)
+    expected = by_label(Forward(model, tree=False), PAIRS)
+    passes = list(forward.labelled(PAIRS, unit=unit))
+    assert [index for part in passes for index in part.members] == list(range(20))
+    assert len(passes) > 1
+    for part in passes:
+        assert part.members[0] % unit == len(part.members) % unit == 0
+        for index in part.members:
+            own = part.logits[part.rows == index]
+            torch.testing.assert_close(own, expected[index], atol=1e-5, rtol=1e-5)
 
 
 @given(rows_of)

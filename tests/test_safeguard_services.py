@@ -2,6 +2,7 @@
 
 import errno
 import math
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import safeguard_world as world
 import tiny_world
 import torch
 
+from durometer.core.edits import Restoration
 from durometer.core.errors import DurometerError, InputError, StorageError
 from durometer.core.forward import Forward
 from durometer.core.rows import Row
@@ -22,7 +24,10 @@ from durometer.safeguards.checkpoint import CheckpointFile
 from durometer.safeguards.data import DefenceData, Streams
 from durometer.safeguards.passes import Pass, passes, sites
 from durometer.safeguards.train import Report, TrainingRun, reduced
+from durometer.subjects.base import Subject
 from durometer.subjects.fingerprint import weights_checksum, weights_fingerprint
+
+lent = Subject.lent
 
 # ---- gradients and perturbations ---------------------------------------------------------------
 
@@ -74,9 +79,48 @@ def test_a_perturbation_comes_and_goes_bit_for_bit() -> None:
     with perturbed(subject, {name: delta}):
         torch.testing.assert_close(weight.detach(), kept + delta)
     assert weights_fingerprint(subject.model) == before
-    with pytest.raises(ZeroDivisionError), perturbed(subject, {name: delta}, host=True):
+    with pytest.raises(ZeroDivisionError), perturbed(subject, {name: delta}):
         raise ZeroDivisionError
     assert weights_fingerprint(subject.model) == before
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_an_accelerator_copies_of_weights_wait_on_the_host(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = tiny_world.undefended()
+    name, weight = next(iter(subject.model.named_parameters()))
+    assert subject.tree
+    asked: list[bool] = []
+
+    def keep(model: Any, *, host: bool) -> Restoration:
+        asked.append(host)
+        return Restoration(model, host=host)
+
+    monkeypatch.setattr("durometer.subjects.base.Restoration", keep)
+    monkeypatch.setattr(Forward, "device", property(lambda self: torch.device(device)))
+    with perturbed(subject, {name: torch.ones_like(weight)}):
+        pass
+    with subject.lent(host=True), subject.lent():
+        pass
+    assert asked == [device != "cpu", True, device != "cpu"]
+
+
+@pytest.mark.parametrize(
+    "name", ["booster", "ctrap", "sam_unlearning", "seam", "mudman", "tar", "rep_select"]
+)
+def test_where_copies_wait_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prints = []
+    for host in (False, True):
+        monkeypatch.setattr(Subject, "lent", partialmethod(lent, host=host))
+        if name == "rep_select":
+            subject = tiny_world.undefended()
+            world.edit(world.short_edit(name), subject)
+        else:
+            made = world.short(name)
+            subject, _ = world.trained(made, made.kinds[0])
+        prints.append(weights_fingerprint(subject.model))
+    assert prints[0] == prints[1]
 
 
 def test_a_perturbation_that_the_number_format_swallows_is_refused() -> None:
@@ -148,12 +192,13 @@ def test_a_pass_sees_what_separate_rows_give(
     assert len(states) == 3
 
 
-@pytest.mark.parametrize("per", ["label", "token", "row"])
+@pytest.mark.parametrize("per", ["label", "token", "row", "pair"])
 def test_batches_in_parts_give_the_gradient_of_the_whole(tiny_llama: Any, per: Any) -> None:
     values = {
         "label": Pass.entropy,
         "token": lambda one: one.states()[-1].norm(dim=-1),
         "row": Pass.row_log_likelihood,
+        "pair": lambda one: one.row_log_likelihood()[0::2] ** 2 - one.row_log_likelihood()[1::2],
     }
     term = Term("x", 1.0, "pool", values[per], per=per)
     gradients = []
@@ -161,7 +206,9 @@ def test_batches_in_parts_give_the_gradient_of_the_whole(tiny_llama: Any, per: A
         tiny_llama.zero_grad()
         forward = Forward(tiny_llama, tree=True)
         labelled = forward.labelled
-        forward.labelled = lambda rows, whole, nodes=nodes, f=labelled: f(rows, nodes)  # type: ignore[method-assign, misc]
+        forward.labelled = lambda rows, whole, unit, nodes=nodes, f=labelled: f(  # type: ignore[method-assign, misc]
+            rows, nodes, unit=unit
+        )
         parts = list(passes_of(forward, term))
         assert (len(parts) == 1) == whole
         gradients.append([p.grad.clone() for p in tiny_llama.parameters() if p.grad is not None])
@@ -170,8 +217,9 @@ def test_batches_in_parts_give_the_gradient_of_the_whole(tiny_llama: Any, per: A
 
 
 def passes_of(forward: Forward, term: Term) -> Any:
-    for one in passes(forward, ROWS, ("residual",), None, whole=False):
-        reduced(term, one, ROWS).backward()
+    rows = [*ROWS, Row((5, 9, 8, 30, 31, 32), 3)]
+    for one in passes(forward, rows, ("residual",), None, whole=False, unit=term.unit):
+        reduced(term, one, rows).backward()
         yield one
 
 

@@ -15,6 +15,7 @@ from test_safeguard_services import KilledError
 from test_tar import FakeLabelled, plain_loss
 from torch.nn import functional
 
+from durometer.core import forward
 from durometer.core.errors import DurometerError, InputError
 from durometer.core.matrices import block_matrices
 from durometer.core.rows import Row
@@ -212,6 +213,32 @@ def test_dpo_is_its_formula_and_prefers_the_refusal() -> None:
     start, _ = term_value(world.short("dpo"), "refusal", "preference", rows)
     assert start.item() == pytest.approx(math.log(2), abs=1e-5)
     assert loss.item() < start.item()
+
+
+@pytest.mark.parametrize("name", ["dpo", "tar"])
+@pytest.mark.parametrize("window", [64, 30, 13])
+def test_a_pair_is_not_cut_where_models_are_short_sighted(
+    name: str, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {} if name == "dpo" else {"loss": "dpo", "anchor": 0.0}
+    _, wide = world.trained(world.short(name, **settings), "refusal")
+    monkeypatch.setattr(forward, "attention_window", lambda model: window)
+    sizes: list[int] = []
+    labelled = forward.Forward.labelled
+
+    def look(self: Any, rows: Any, *args: Any, **options: Any) -> Any:
+        for part in labelled(self, rows, *args, **options):
+            if options.get("unit") == 2:
+                sizes.append(len(part.members))
+            yield part
+
+    monkeypatch.setattr(forward.Forward, "labelled", look)
+    _, narrow = world.trained(world.short(name, **settings), "refusal")
+    assert narrow.status == "done"
+    for one, other in zip(wide.losses, narrow.losses, strict=True):
+        assert one == pytest.approx(other, rel=2e-2, abs=1e-3)
+    assert sizes
+    assert all(size % 2 == 0 for size in sizes)
 
 
 # ---- sdd ---------------------------------------------------------------------------------------
@@ -550,10 +577,50 @@ def test_the_probability_of_a_target_is_pushed_down_to_a_floor() -> None:
     p = float(logits.detach().softmax(-1)[0, 0])
     assert values[0].item() == pytest.approx(-math.log(1 - p), rel=1e-5)
     assert values[1].item() == 0
-    assert 10 < values[2].item() < 20
+    assert values[2].item() == pytest.approx(200 - math.log(2), rel=1e-6)
     (gradient,) = torch.autograd.grad(values.sum(), logits)
     assert gradient.isfinite().all()
     assert gradient[0, 0] > 0
+
+
+# How far the label's logit is above the best other one.
+GAPS = (-90.0, -20.0, -1.0, 0.0, 3.0, 14.0, 16.0, 40.0, 90.0)
+
+
+def test_what_makes_an_answer_improbable_is_exact_however_sure_it_is() -> None:
+    others = torch.randn(len(GAPS), 12, generator=torch.Generator().manual_seed(0))
+    others[:, 0] = others.max(-1).values + torch.tensor(GAPS)
+    logits, exact = others.requires_grad_(True), others.detach().double().requires_grad_(True)
+    one = Pass([], FakeLabelled(logits), {}, None)  # type: ignore[arg-type]
+    values = improbability(one)
+    wanted = exact.logsumexp(-1) - exact[:, 1:].logsumexp(-1)
+    torch.testing.assert_close(values.double(), wanted, rtol=1e-5, atol=1e-12)
+    (found,) = torch.autograd.grad(values.sum(), logits)
+    (right,) = torch.autograd.grad(wanted.sum(), exact)
+    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-7)
+    assert found[-4:, 0].tolist() == pytest.approx([1.0] * 4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "term", "settings"),
+    [
+        ("sophon", "attacked", {"suppression": 1.0, "bound": "inverse"}),
+        ("min_posterior", "posterior", {}),
+        ("r2d2", "away", {}),
+        ("latent_adversarial", "away", {}),
+    ],
+)
+def test_a_sure_answer_is_pushed_away_with_full_force(
+    name: str, term: str, settings: dict[str, Any]
+) -> None:
+    made: Any = make_safeguard(name, **settings)
+    subject = tiny_world.undefended()
+    data = world.DefenceData(subject, tiny_world.tiny_domain(made.kinds[0]))
+    (loss,) = (found.loss for found in made.terms(subject, data) if found.name == term)
+    logits = torch.tensor([[16.0, 0.0, 0.0]], requires_grad=True)
+    one = Pass([Row((1, 0), 1, restricted=True)], FakeLabelled(logits), {}, None)  # type: ignore[arg-type]
+    (gradient,) = torch.autograd.grad(loss(one).sum(), logits)
+    assert gradient[0].tolist() == pytest.approx([1.0, -0.5, -0.5], rel=1e-5)
 
 
 # ---- going on after a kill ---------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,18 +15,19 @@ from durometer.core.errors import NotApplicableError
 from durometer.core.rows import Row
 from durometer.core.structure import blocks
 from durometer.safeguards import refat
-from durometer.safeguards.activations import blank, place_at, rows_apart, shifted
+from durometer.safeguards.activations import blank, distance, place_at, rows_apart, shifted
 from durometer.safeguards.base import make_safeguard
-from durometer.safeguards.circuit_breakers import distance, ramp
-from durometer.safeguards.crl import tempered, triplet
+from durometer.safeguards.circuit_breakers import ramp
+from durometer.safeguards.crl import triplet
 from durometer.safeguards.data import DefenceData
-from durometer.safeguards.latent_adversarial import descend_tokens, spread, unlikely
+from durometer.safeguards.latent_adversarial import descend_tokens, spread
+from durometer.safeguards.lens import logit_lens
+from durometer.safeguards.likelihoods import divergence
 from durometer.safeguards.passes import Pass, Reference, passes
 from durometer.safeguards.refat import counted, fired, taken_out, upper
 from durometer.safeguards.repnoise import (
     differing_labels,
     differing_tokens,
-    logit_lens,
     mmd,
     paired,
 )
@@ -258,7 +260,7 @@ def test_the_tempered_divergence_is_the_librarys() -> None:
             (one.reference.labelled.logits / temperature).softmax(-1),
             reduction="none",
         ).sum(-1)
-        torch.testing.assert_close(tempered(one, temperature), wanted)
+        torch.testing.assert_close(divergence(one, temperature), wanted)
 
 
 def test_crl_sees_restricted_and_benign_rows_in_one_pass() -> None:
@@ -328,7 +330,7 @@ def test_only_tokens_that_differ_from_the_refusal_count() -> None:
 def test_the_lens_at_the_last_depth_is_the_model() -> None:
     subject, rows = tiny_world.undefended(), pool("restricted", 3)
     one = one_pass(subject, rows)
-    lens = logit_lens(subject)
+    lens = logit_lens(subject, "ascent")
     torch.testing.assert_close(lens(one.states(tokens=False)[-1]), one.labelled.logits)
 
     def scaled(module: Any, inputs: Any, output: Any) -> Any:
@@ -336,8 +338,11 @@ def test_the_lens_at_the_last_depth_is_the_model() -> None:
         return output
 
     subject.model.register_forward_hook(scaled)
-    with pytest.raises(NotApplicableError, match="behind the last block"):
-        logit_lens(subject)
+    data = DefenceData(subject, tiny_world.tiny_domain())
+    for name, coefficient in (("repnoise", "ascent"), ("seam", "unlearn")):
+        with pytest.raises(NotApplicableError, match=f"behind the last block; use {coefficient}=0"):
+            make_safeguard(name).terms(subject, data)
+        assert make_safeguard(name, **{coefficient: 0.0}).terms(subject, data)
 
 
 def test_repnoise_is_minus_the_log_of_one_and_the_loss_at_all_depths() -> None:
@@ -528,10 +533,16 @@ def test_every_token_is_pushed_by_itself_and_kept_in_its_ball() -> None:
     torch.testing.assert_close(push[0, :, :].norm(dim=-1), torch.tensor([0.8, 0.0, 0.8]))
 
 
-def test_unlikely_is_finite_where_an_answer_is_sure() -> None:
-    values = torch.tensor([0.25, 0.5, 0.999]).log()
-    torch.testing.assert_close(unlikely(values), -torch.log(torch.tensor([0.75, 0.5, 0.001])))
-    assert math.isfinite(float(unlikely(torch.tensor(0.0))))
+def test_the_push_leaves_a_refusal_that_is_sure() -> None:
+    logits = torch.tensor([[16.0, 0.0, 0.0], [0.0, 1.0, 0.0]], requires_grad=True)
+    targets = torch.zeros(2, dtype=torch.long)
+    labelled = SimpleNamespace(logits=logits, targets=targets, members=(0, 1))
+    forward = SimpleNamespace(labelled=lambda rows, **_: [labelled])
+    step: Any = SimpleNamespace(subject=SimpleNamespace(forward=forward))
+    made: Any = make_safeguard("latent_adversarial", push_away=0.5)
+    loss = made._inner_loss(step, [Row((1, 0), 1), Row((1, 0), 1, restricted=True)])
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient[0].tolist() == pytest.approx([0.5, -0.25, -0.25], rel=1e-5)
 
 
 @pytest.mark.parametrize("goal", ["targeted", "untargeted"])

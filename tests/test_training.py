@@ -245,6 +245,61 @@ def test_narrow_weights_have_masters(make_model: Any, padded: Padded) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+class Away:
+    """Stands for a tensor on an accelerator."""
+
+    def __init__(self) -> None:
+        self.data: Any = Moved("cuda")
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.data.kind)
+
+
+class Moved:
+    """What such a tensor holds, by where it is."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def cpu(self) -> "Moved":
+        return Moved("cpu")
+
+    def to(self, device: torch.device) -> "Moved":
+        return Moved(device.type)
+
+
+def test_masters_of_narrow_weights_are_parked_and_wide_weights_stay(make_model: Any) -> None:
+    trainer = make_trainer(make_model("Llama"))
+    wide, master = Away(), Away()
+    parts: Any = trainer
+    parts._parameters, parts._masters = [wide, Away()], [wide, master]
+    with trainer.parked():
+        assert (wide.device.type, master.device.type) == ("cuda", "cpu")
+    assert (wide.device.type, master.device.type) == ("cuda", "cuda")
+    with pytest.raises(ZeroDivisionError), trainer.parked():
+        raise ZeroDivisionError
+    assert master.device.type == "cuda"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parking_on_an_accelerator_changes_no_run(make_model: Any, dtype: torch.dtype) -> None:
+    ends = []
+    for parked in (False, True):
+        model = make_model("Llama").to("cuda", dtype)
+        trainer = make_trainer(model, optimizer="schedule_free_adamw")
+        for seed in range(3):
+            trainer.update(random_rows(seed, 4))
+            if not parked:
+                continue
+            with trainer.parked():
+                masters = {master.device.type for master in trainer._masters}
+                assert masters == {"cuda" if dtype == torch.float32 else "cpu"}
+        ends.append(weights(model))
+    assert_bits(*ends)
+
+
 # Divergence and broken-off updates.
 
 

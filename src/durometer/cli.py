@@ -69,8 +69,8 @@ Subject = Annotated[
 Domain = Annotated[
     str | None,
     typer.Option(
-        help="What it is safeguarded on: built-in name or folder, with :refusal or :knowledge. A "
-        "built-in safeguarded subject has its own."
+        help="What it is safeguarded on: built-in name or folder, with :refusal or :knowledge; or "
+        "a benchmark's own copy as NAME:SOURCE. A built-in safeguarded subject has its own."
     ),
 ]
 Suite = Annotated[str, typer.Option(help="quick, standard (screens) or full (claim-grade).")]
@@ -515,7 +515,11 @@ def cache(
 @domain_app.command("check")
 def domain_check(
     spec: Annotated[
-        str, typer.Argument(metavar="DIR_OR_NAME", help="Domain folder or built-in name.")
+        str,
+        typer.Argument(
+            metavar="DIR_OR_NAME",
+            help="Domain folder, built-in name, or a benchmark's own copy as NAME:SOURCE.",
+        ),
     ],
 ) -> int:
     """Count a domain's items and look for overlaps between its splits; exit 2 if it is unsound."""

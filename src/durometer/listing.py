@@ -11,6 +11,7 @@ from durometer.core.cache import CacheEntry
 from durometer.core.errors import InputError, unknown_name
 from durometer.core.settings import Settings
 from durometer.domains.base import Domain, Role, Split, domain_registry, require_sound
+from durometer.domains.benchmarks.table import BENCHMARKS
 from durometer.domains.load import read_domain
 from durometer.domains.overlap import COLUMNS, overlap_report, render_rows
 from durometer.judges.base import judge_registry
@@ -59,7 +60,12 @@ def _subjects() -> Listing:
 
 
 def _domains() -> Listing:
-    return ("name", "what it is"), [(name, entry.description) for name, entry in domain_registry]
+    built_in = [(name, entry.description) for name, entry in domain_registry]
+    own_copies = [
+        (name, f"{one.title}; your own copy, {name}:SOURCE (licence: {one.licence})")
+        for name, one in BENCHMARKS.items()
+    ]
+    return ("name", "what it is"), [*built_in, *own_copies]
 
 
 def _tampers() -> Listing:
@@ -193,13 +199,41 @@ def checked_domain(spec: str) -> tuple[RenderableType, list[str], list[str]]:
     title = f"{domain.name} ({domain.kind}), {len(domain.items)} items"
     tables = Group(
         Text(f"{title}: {domain.description}" if domain.description else title, style="bold"),
+        *_provenance(domain),
         Text(""),
         _counts(domain),
         Text(""),
         Text(f"what splits have in common (n-grams of {report.n} words)"),
         table(COLUMNS, render_rows(report), wrap_first=True),
     )
-    return tables, problems, list(report.warnings)
+    warnings = list(report.warnings)
+    if domain.needs_judge:
+        warnings.append("prompts without accepted answers: a run needs a judge to read responses")
+    return tables, problems, warnings
+
+
+def _provenance(domain: Domain) -> list[RenderableType]:
+    """Return what was read of others' sets, and whether reports show texts; nothing if built in."""
+    if not domain.origins:
+        return []
+    rows = [
+        (
+            origin.name,
+            f"{origin.rows:,}",
+            origin.split or "-",
+            origin.revision[:12] or "-",
+            origin.sha256[:16],
+            origin.licence,
+        )
+        for origin in domain.origins
+    ]
+    texts = "shown" if domain.harmless else "hidden unless asked for"
+    return [
+        Text(""),
+        table(("read", "rows", "split", "revision", "SHA-256", "licence"), rows),
+        *(Text(f"note: {note}") for note in domain.notes),
+        Text(f"texts in reports: {texts}"),
+    ]
 
 
 def _counts(domain: Domain) -> RenderableType:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from durometer.core.errors import InputError, unknown_name
+from durometer.domains.benchmarks.spec import short_name
 from durometer.subjects.builtin import subject_registry
 from durometer.subjects.record import read_record
 from durometer.trials.campaign import Request
@@ -118,7 +119,7 @@ def _recorded(subject: str) -> str:
 
 def free_folder(*parts: str) -> Path:
     """Return the first ``durometer-runs/<parts>-<n>`` that does not exist."""
-    stem = "-".join(_slug(part) for part in parts)
+    stem = "-".join(_slug(short_name(part)) for part in parts)
     number = 1
     while (RUNS / f"{stem}-{number}").exists():
         number += 1

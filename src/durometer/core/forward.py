@@ -14,7 +14,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from durometer.core.rows import NODES_PER_PACK, NODES_PER_SCORING_PACK, Row, TreePack, tree_packs
+from durometer.core.rows import (
+    NODES_PER_PACK,
+    NODES_PER_SCORING_PACK,
+    NODES_PER_WHOLE_PACK,
+    Row,
+    TreePack,
+    tree_packs,
+    tree_size,
+)
 
 PADDED_ROWS = 16
 # Mean difference of logits between the two layouts, in standard deviations of the logits.
@@ -83,23 +91,37 @@ class Forward:
         return next(self.model.parameters()).device
 
     def labelled(
-        self, rows: Sequence[Row], nodes: int = NODES_PER_PACK, *, whole: bool = False
+        self,
+        rows: Sequence[Row],
+        nodes: int = NODES_PER_PACK,
+        *,
+        whole: bool = False,
+        unit: int = 1,
     ) -> Iterator[Labelled]:
         """Yield the logits of ``rows`` at their labels, a pack at a time (gradients flow).
 
         Args:
             nodes: most nodes of a pack.
-            whole: all rows in one pass whatever they take, where the window allows it.
+            whole: all rows in one pass whatever they take.
+            unit: so many rows that follow each other are never in different passes.
         """
-        if self.tree and all(len(row.ids) <= self._window for row in rows):
-            for members, pack in tree_packs(
-                rows, min(sys.maxsize if whole else nodes, self._window)
-            ):
+        unit = max(len(rows), 1) if whole else unit
+        if self._fit_trees(rows, unit):
+            for members, pack in tree_packs(rows, min(nodes, self._window), unit):
                 yield self._tree_pass(members, pack)
         else:
-            size = max(len(rows), 1) if whole else PADDED_ROWS
+            size = max(PADDED_ROWS // unit, 1) * unit
             for start in range(0, len(rows), size):
                 yield self._padded_pass(rows[start : start + size], start)
+
+    def _fit_trees(self, rows: Sequence[Row], unit: int) -> bool:
+        """Say whether every unit of ``rows`` can be, and is better, one tree."""
+        if not self.tree or any(len(row.ids) > self._window for row in rows):
+            return False
+        most = min(self._window, NODES_PER_WHOLE_PACK)
+        return unit == 1 or all(
+            tree_size(rows[start : start + unit]) <= most for start in range(0, len(rows), unit)
+        )
 
     def loss_sums(self, rows: Sequence[Row]) -> Iterator[torch.Tensor]:
         """Yield, a pack at a time, the summed cross-entropy over the labels (fp32, nats)."""

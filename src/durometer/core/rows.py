@@ -14,6 +14,9 @@ import torch
 # Larger packs save little of a shared prefix and pay for it in attention between branches.
 NODES_PER_PACK = 384
 NODES_PER_SCORING_PACK = 256
+# The mask and the attention of a pack grow with the square of its nodes. Rows that must be in one
+# pass take no more as a tree than this; padded, each attends to itself alone.
+NODES_PER_WHOLE_PACK = 2048
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,6 @@ class _Tree:
     parents: list[int] = field(default_factory=list)
     paths: list[list[int]] = field(default_factory=list)
 
-    def new_nodes(self, ids: Sequence[int]) -> int:
-        """Return how many nodes ``ids`` would add."""
-        parent, depth = -1, 0
-        while depth < len(ids) and (child := self.children.get((parent, ids[depth]))) is not None:
-            parent, depth = child, depth + 1
-        return len(ids) - depth
-
     def add(self, ids: Sequence[int]) -> None:
         parent, path = -1, []
         for token in ids:
@@ -94,22 +90,24 @@ class _Tree:
         self.paths.append(path)
 
     def pack(self, rows: Sequence[Row]) -> TreePack:
-        size = len(self.tokens)
+        """Return the layout of the first ``rows`` added, without what was added later."""
+        paths = self.paths[: len(rows)]
+        size = 1 + max(path[-1] for path in paths)
         visible = torch.eye(size, dtype=torch.bool)
         depths = [0] * size
-        for node, parent in enumerate(self.parents):
+        for node, parent in enumerate(self.parents[:size]):
             if parent >= 0:
                 visible[node] |= visible[parent]
                 depths[node] = depths[parent] + 1
         predictors: list[int] = []
         targets: list[int] = []
         owners: list[int] = []
-        for index, (row, path) in enumerate(zip(rows, self.paths, strict=True)):
+        for index, (row, path) in enumerate(zip(rows, paths, strict=True)):
             predictors += path[row.first_label - 1 : -1]
             targets += row.labels
             owners += [index] * len(row.labels)
         return TreePack(
-            torch.tensor(self.tokens),
+            torch.tensor(self.tokens[:size]),
             torch.tensor(depths),
             visible,
             torch.tensor(predictors, dtype=torch.long),
@@ -118,19 +116,36 @@ class _Tree:
         )
 
 
+def _tree_of(rows: Sequence[Row]) -> _Tree:
+    tree = _Tree()
+    for row in rows:
+        tree.add(row.ids)
+    return tree
+
+
+def tree_size(rows: Sequence[Row]) -> int:
+    """Return how many nodes one tree of all ``rows`` has."""
+    return len(_tree_of(rows).tokens)
+
+
 def tree_packs(
-    rows: Sequence[Row], nodes: int = NODES_PER_PACK
+    rows: Sequence[Row], nodes: int = NODES_PER_PACK, unit: int = 1
 ) -> Iterator[tuple[list[int], TreePack]]:
-    """Yield packs of at most ``nodes`` nodes (or one row), with the indices of their rows.
+    """Yield packs of at most ``nodes`` nodes (or one unit), with the indices of their rows.
 
     The order of ``rows`` is kept; sort them by ids first to share the most.
+
+    Args:
+        unit: so many rows that follow each other are never in different packs.
     """
     tree, members = _Tree(), list[int]()
-    for index, row in enumerate(rows):
-        if members and len(tree.tokens) + tree.new_nodes(row.ids) > nodes:
+    for start in range(0, len(rows), unit):
+        own = rows[start : start + unit]
+        for row in own:
+            tree.add(row.ids)
+        if members and len(tree.tokens) > nodes:
             yield members, tree.pack([rows[i] for i in members])
-            tree, members = _Tree(), []
-        tree.add(row.ids)
-        members.append(index)
+            tree, members = _tree_of(own), []
+        members.extend(range(start, start + len(own)))
     if members:
         yield members, tree.pack([rows[i] for i in members])

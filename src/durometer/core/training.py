@@ -187,13 +187,17 @@ class Trainer:
 
     @contextmanager
     def parked(self) -> Iterator[None]:
-        """Keep the optimiser's state in the host's memory while something else needs the device."""
-        moved: list[tuple[torch.Tensor, torch.device]] = []
-        for values in self._optimizer.state.values():
-            for value in values.values():
-                if isinstance(value, torch.Tensor) and value.device.type != "cpu":
-                    moved.append((value, value.device))
-                    value.data = value.data.cpu()
+        """Keep what only updates read in the host's memory while something else needs the device.
+
+        That is the optimiser's state and the masters of narrow weights; no update is made inside.
+        """
+        states = [value for values in self._optimizer.state.values() for value in values.values()]
+        tensors = [value for value in states if isinstance(value, torch.Tensor)]
+        pairs = zip(self._masters, self._parameters, strict=True)
+        tensors += [master for master, parameter in pairs if master is not parameter]
+        moved = [(tensor, tensor.device) for tensor in tensors if tensor.device.type != "cpu"]
+        for tensor, _ in moved:
+            tensor.data = tensor.data.cpu()
         try:
             yield
         finally:

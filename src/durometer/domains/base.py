@@ -1,7 +1,7 @@
 """Domains: what is safeguarded, as restricted, retain and benign items in disjoint splits."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -101,6 +101,48 @@ REFUSAL_PHRASES = (
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What was read of a set of somebody else's, so that a run can be repeated on the same.
+
+    Attributes:
+        name: the set.
+        location: folder, file or repository of the hub.
+        revision: commit of the hub's repository, '' for a local copy.
+        split, part: the set's own split ('' where a file was named), and suites kept of it.
+        files, rows: how many were read.
+        sha256: of the file; of several, of the lines ``sha256sum`` prints of them.
+        licence: as the set's card states it.
+    """
+
+    name: str
+    location: str
+    revision: str
+    split: str
+    part: str
+    files: int
+    sha256: str
+    rows: int
+    licence: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a benchmark's own rule needs of an item beside the item.
+
+    Attributes:
+        scorer: which rule.
+        question: what is asked, without options and instructions.
+        answers: right answers, the preferred one first.
+        false: wrong answers to choose among.
+    """
+
+    scorer: str
+    question: str
+    answers: tuple[str, ...]
+    false: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Domain:
     """What is safeguarded, with everything needed to train on it and to measure it.
 
@@ -114,6 +156,8 @@ class Domain:
         source: where the items come from.
         harmless: whether texts may be shown in reports without being asked for.
         chance: rate at which a subject without the knowledge is right.
+        origins: sets of somebody else's that were read for it.
+        published: by item id, what the rule of the benchmark that it is from needs.
     """
 
     name: str
@@ -126,6 +170,8 @@ class Domain:
     harmless: bool = True
     chance: float = 0.0
     notes: tuple[str, ...] = field(default=())
+    origins: tuple[Origin, ...] = ()
+    published: Mapping[str, Published] = field(default_factory=dict, hash=False, repr=False)
 
     def select(
         self, role: Role, split: Split | None = None, *, training: bool | None = None
@@ -158,6 +204,11 @@ class Domain:
             if item.role == Role.RESTRICTED:
                 entities.setdefault(f"entities_{item.split}", set()).add(item.entity)
         return counts | {name: len(group) for name, group in entities.items()}
+
+    @property
+    def needs_judge(self) -> bool:
+        """Whether only a judge can tell if a restricted prompt was answered."""
+        return any(item.role == Role.RESTRICTED and not item.answers for item in self.items)
 
     @property
     def content_hash(self) -> str:

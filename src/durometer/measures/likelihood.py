@@ -79,7 +79,11 @@ def measure_retain(subject: Subject, domain: Domain, items: Sequence[Item]) -> l
     role=Role.BENIGN,
 )
 def measure_perplexity(subject: Subject, domain: Domain, items: Sequence[Item]) -> list[ItemRecord]:
-    """Score the complete response of every item, the end of the turn included."""
+    """Score the complete response of every item, the end of the turn included.
+
+    Prompts of a benchmark that come without a response are left out.
+    """
+    items = [item for item in items if item.response]
     rows = [subject.chat.row(item.prompt, item.response, item_id=item.id) for item in items]
     return [
         _scored("perplexity", subject, item, score, correct=None)

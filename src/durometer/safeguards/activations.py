@@ -1,4 +1,4 @@
-"""Places in a model by depth, and activations that are changed row by row while it trains."""
+"""Activations by depth: how far they have moved, and changes row by row while a model trains."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from durometer.core.rows import Row
 from durometer.core.structure import blocks, width
+from durometer.safeguards.passes import Pass
 from durometer.safeguards.train import Step
 from durometer.subjects.base import Subject
 from durometer.tampers.latent_perturbation import add_everywhere
@@ -24,6 +25,16 @@ def place_at(model: nn.Module, depth: float) -> int:
 def listed(value: Any) -> Any:
     """Return the parts of ``a+b`` as the command line has it, anything else as it is."""
     return tuple(value.split("+")) if isinstance(value, str) else value
+
+
+def distance(one: Pass) -> torch.Tensor:
+    """Return the distance of each token's activations from the reference's, shape [tokens].
+
+    The mean of the norms over all residual states, the embedding's output included.
+    """
+    pairs = zip(one.states(), one.reference.states(), strict=True)
+    # The library's norm has a gradient of 0 at 0; a square root by hand has none there.
+    return torch.stack([torch.linalg.vector_norm(h - r, dim=-1) for h, r in pairs]).mean(0)
 
 
 @contextmanager

@@ -179,8 +179,8 @@ class RememberingChat(ChatFormat):
 class AttackRunner:
     """Runs inner attacks on the subject of a training and puts its weights back bit for bit.
 
-    On an accelerator the copy of the weights and the trainer's optimiser state wait in the host's
-    memory meanwhile, so that the device holds no second copy.
+    On an accelerator the copy of the weights and what only the trainer's updates read wait in the
+    host's memory meanwhile, so that the device holds no second copy.
 
     Args:
         data: whose attackers' view the attacks train on.
@@ -217,9 +217,8 @@ class AttackRunner:
         tamper = self._current = attack.make()
         first = not ledger.attacks
         ledger.attacks += 1
-        host = subject.forward.device.type != "cpu"
         parked = self._trainer.parked() if self._trainer is not None else nullcontext()
-        with parked, subject.lent(host=host):
+        with parked, subject.lent():
             budget, seeds = Budget(attack.steps), Seeds.derive(seed)
             own, subject.chat = subject.chat, self._chat
             subject.restoration.on_exit(lambda: setattr(subject, "chat", own))

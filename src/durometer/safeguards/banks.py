@@ -107,13 +107,19 @@ def _take(sums: list[torch.Tensor | None], index: int, parameter: torch.Tensor) 
     sums[index] = gradient.float() if before is None else before.add_(gradient)
 
 
+def added(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the sum of two gradients, either of which may be none."""
+    if first is None or second is None:
+        return first if second is None else second
+    return first + second
+
+
 @contextmanager
 def perturbed(
     subject: Subject,
     deltas: Mapping[str, torch.Tensor],
     *,
     least_cosine: float = LEAST_COSINE,
-    host: bool = False,
 ) -> Iterator[None]:
     """Move the named weights by ``deltas`` inside, then put the stored values back bit for bit.
 
@@ -121,7 +127,7 @@ def perturbed(
         DurometerError: what was really applied points elsewhere, since the weights' number format
             swallowed it; a probe there would measure noise.
     """
-    with subject.lent(host=host):
+    with subject.lent():
         _move(subject, deltas, least_cosine)
         yield
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from durometer.safeguards.train import Step
 
 Access = Literal["weights", "api"]
-Per = Literal["label", "token", "row", "batch"]
+Per = Literal["label", "token", "row", "pair", "batch"]
 Scope = Literal["all", "blocks", "mlp", "mlp_in", "mlp_out", "attention", "adapter"]
 Role = Literal["residual", "mlp", "attention"]
 ReferencePoint = Literal["original", "stage_start"]
@@ -49,10 +49,11 @@ class Term:
         rows: the pool of rows that it reads, see ``DefenceData.pool``.
         loss: values of one pass, one for each of what ``per`` names; their mean over the whole
             batch is the loss, nats where it is a likelihood.
-        per: labels, tokens (all but each row's last), rows, or ``batch``: one value a pass.
+        per: labels, tokens (all but each row's last), rows, pairs of rows that follow each other,
+            or ``batch``: one value a pass.
         at: the place at which it is evaluated, see ``Safeguard.visits``.
         reads: kinds of activations that it needs.
-        whole: it needs the whole batch in one pass (pairs, statistics of the batch).
+        whole: it needs the whole batch in one pass (statistics of the batch).
         may_rest: its gradient may vanish for long (a hinge, an anchor at its reference).
     """
 
@@ -69,6 +70,11 @@ class Term:
     def weight(self, step: int, steps: int) -> float:
         """Return the coefficient at ``step`` of ``steps``."""
         return self.coefficient(step, steps) if callable(self.coefficient) else self.coefficient
+
+    @property
+    def unit(self) -> int:
+        """How many rows that follow each other must not be in different passes."""
+        return 2 if self.per == "pair" else 1
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from durometer.core.optimizers import OptimizerName
 from durometer.core.settings import Between, setting
 from durometer.core.structure import blocks
+from durometer.safeguards.banks import added
 from durometer.safeguards.base import (
     ReferencePoint,
     Safeguard,
@@ -243,7 +244,7 @@ class Cir(Safeguard[CirSettings]):
             self._refit(self._bank)
         maps = [name.removesuffix(".weight") for name in step.names]
         return [
-            _sum(other, scale * filtered[name] if name in filtered else None)
+            added(other, scale * filtered[name] if name in filtered else None)
             for other, name in zip(rest, maps, strict=True)
         ]
 
@@ -385,9 +386,3 @@ def linear_maps_of(model: nn.Module, weights: list[str]) -> dict[str, nn.Module]
         for name, module in model.named_modules()
         if name in maps and isinstance(module, nn.Linear)
     }
-
-
-def _sum(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
-    if first is None or second is None:
-        return first if second is None else second
-    return first + second

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from durometer.core.settings import Between, setting
 from durometer.domains.base import Domain
-from durometer.safeguards.activations import listed, place_at
+from durometer.safeguards.activations import distance, listed, place_at
 from durometer.safeguards.base import (
     ReferencePoint,
     Safeguard,
@@ -147,13 +147,3 @@ def first_stages(stage1: FirstStage, domain: Domain) -> list[Safeguard[Any]]:
 def ramp(step: int, steps: int) -> float:
     """Return t / 2T of update ``step``, counted from 0, of ``steps``."""
     return (step + 1) / (2 * steps)
-
-
-def distance(one: Pass) -> torch.Tensor:
-    """Return the distance of each token's activations from the reference's, shape [tokens].
-
-    The mean of the norms over all residual states, the embedding's output included.
-    """
-    pairs = zip(one.states(), one.reference.states(), strict=True)
-    # The library's norm has a gradient of 0 at 0; a square root by hand has none there.
-    return torch.stack([torch.linalg.vector_norm(h - r, dim=-1) for h, r in pairs]).mean(0)

@@ -22,6 +22,7 @@ from durometer.safeguards.base import (
 )
 from durometer.safeguards.circuit_breakers import FirstStage, first_stages
 from durometer.safeguards.data import DefenceData, Unit
+from durometer.safeguards.likelihoods import divergence
 from durometer.safeguards.passes import Pass
 from durometer.safeguards.train import Step
 from durometer.subjects.base import Subject
@@ -104,7 +105,6 @@ class Crl(Safeguard[CrlSettings]):
     def visits(self, step: Step) -> Iterator[Visit]:
         """Join this step's restricted and benign rows, whose means are needed in one pass."""
         if self.reference:
-            # In turns, so that a pass that must be split still holds both.
             pairs = itertools.zip_longest(step.units("restricted"), step.units("sft"))
             step.put(BOTH, [unit for pair in pairs for unit in pair if unit])
         yield Visit()
@@ -130,7 +130,7 @@ class Crl(Safeguard[CrlSettings]):
             )
 
         def kept(one: Pass) -> torch.Tensor:
-            return tempered(one, settings.temperature)[~of_restricted(one)].mean()
+            return divergence(one, settings.temperature)[~of_restricted(one)].mean()
 
         def term(name: str, coefficient: float, loss: Any) -> Term:
             return Term(
@@ -188,11 +188,3 @@ def triplet(
         new = cosine_distance(now[place][chosen], centre)
         hinges.append(torch.relu((new - old if gather else old - new) + margin))
     return torch.stack(hinges).mean()
-
-
-def tempered(one: Pass, temperature: float) -> torch.Tensor:
-    """Return T^2 KL(reference || trained) at temperature T by label, nats, shape [labels]."""
-    now, before = (
-        (p.labelled.logits.float() / temperature).log_softmax(-1) for p in (one, one.reference)
-    )
-    return temperature**2 * (before.exp() * (before - now)).sum(-1)

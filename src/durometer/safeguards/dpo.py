@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional
 
 from durometer.core.schedules import Schedule
 from durometer.core.settings import Between, setting
@@ -17,7 +16,7 @@ from durometer.safeguards.base import (
     supervised,
 )
 from durometer.safeguards.data import DefenceData
-from durometer.safeguards.likelihoods import light_adapter, tiny_adapter
+from durometer.safeguards.likelihoods import light_adapter, preference, tiny_adapter
 from durometer.safeguards.passes import Pass
 from durometer.subjects.base import Subject
 
@@ -64,10 +63,9 @@ class Dpo(Safeguard[DpoSettings]):
         settings = self.settings
 
         def preferred(one: Pass) -> torch.Tensor:
-            gain = one.row_log_likelihood() - one.reference.row_log_likelihood()
-            return -functional.logsigmoid(settings.beta * (gain[0::2] - gain[1::2])).mean()
+            return preference(one, settings.beta)
 
-        preference = Term(
-            "preference", settings.preference, "pairs", preferred, per="batch", whole=True
-        )
-        return [supervised(settings), preference]
+        return [
+            supervised(settings),
+            Term("preference", settings.preference, "pairs", preferred, per="pair"),
+        ]

@@ -19,7 +19,7 @@ from durometer.core.errors import InputError, StorageError
 from durometer.core.seeds import Seeds
 from durometer.core.sources import source_hash
 from durometer.domains.base import Domain
-from durometer.domains.load import load_domain
+from durometer.domains.load import lasting_spec, load_domain
 from durometer.safeguards.base import TINY, Safeguard, TrainingSettings, make_safeguard
 from durometer.safeguards.bench import Bench
 from durometer.safeguards.card import measured, model_card
@@ -378,11 +378,8 @@ class _Hardening:
 
     def _domain_facts(self) -> dict[str, Any]:
         domain = self._domain
-        name, _, kind = self._request.domain.rpartition(":")
-        spec = name if kind == domain.kind and name else self._request.domain
-        place = str(Path(spec).resolve()) if Path(spec).is_dir() else spec
         return {
-            "spec": f"{place}:{domain.kind}",
+            "spec": lasting_spec(self._request.domain, domain.kind),
             "name": domain.name,
             "kind": domain.kind,
             "content_hash": domain.content_hash,

@@ -147,7 +147,7 @@ class AgainstAttacks(Safeguard[A]):
         generator = step.random("replay")
         delta = self._replay[int(torch.randint(len(self._replay), (), generator=generator))]
         device = step.subject.forward.device
-        with perturbed(step.subject, whole_delta(delta, device), host=device.type != "cpu"):
+        with perturbed(step.subject, whole_delta(delta, device)):
             yield Visit(ATTACKED, sum(visit_weights(self.settings).values()))
 
     def _replayable(self) -> bool:

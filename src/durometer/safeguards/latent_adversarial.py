@@ -21,8 +21,9 @@ from durometer.safeguards.base import (
     safeguard,
     supervised,
 )
-from durometer.safeguards.crl import of_restricted, tempered
+from durometer.safeguards.crl import of_restricted
 from durometer.safeguards.data import DefenceData, Unit
+from durometer.safeguards.likelihoods import divergence, improbability
 from durometer.safeguards.passes import ActivationBank, Pass, sites
 from durometer.safeguards.train import Step
 from durometer.subjects.base import Subject
@@ -130,7 +131,7 @@ class LatentAdversarial(Safeguard[LatentAdversarialSettings]):
             return one.cross_entropy()[~of_restricted(one)].mean()
 
         def deny(one: Pass) -> torch.Tensor:
-            return unlikely(one.log_likelihood()[of_restricted(one)]).mean()
+            return improbability(one)[of_restricted(one)].mean()
 
         def pushed(name: str, coefficient: float, loss: Any) -> Term:
             return Term(name, coefficient, "pairs", loss, "batch", at=PUSHED, whole=True)
@@ -139,7 +140,7 @@ class LatentAdversarial(Safeguard[LatentAdversarialSettings]):
             supervised(settings),
             pushed("toward", settings.toward, refuse),
             pushed("away", settings.away, deny),
-            Term("kl", settings.kl, "retain", lambda p: tempered(p, 1.0), may_rest=True),
+            Term("kl", settings.kl, "retain", divergence, may_rest=True),
         ]
 
     def visits(self, step: Step) -> Iterator[Visit]:
@@ -190,7 +191,7 @@ class LatentAdversarial(Safeguard[LatentAdversarialSettings]):
         answer = of_restricted(one)
         if self.settings.goal == "untargeted":
             return -one.cross_entropy()[~answer].mean()
-        away = unlikely(one.log_likelihood()[~answer]).mean()
+        away = improbability(one)[~answer].mean()
         share = self.settings.push_away
         return (1 - share) * one.cross_entropy()[answer].mean() + share * away
 
@@ -207,11 +208,6 @@ class LatentAdversarial(Safeguard[LatentAdversarialSettings]):
         every = sites(subject.model, "residual")
         medians = [float(states[every.index(m)].norm(dim=-1).median()) for m in modules]
         return [self.settings.radius * median for median in medians]
-
-
-def unlikely(likelihood: torch.Tensor) -> torch.Tensor:
-    """Return -log(1 - p) of log-probabilities, nats, finite where p rounds to 1."""
-    return -torch.log(-torch.expm1(likelihood.clamp(max=-1e-6)))
 
 
 def spread(push: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:

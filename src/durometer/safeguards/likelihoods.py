@@ -1,18 +1,22 @@
 """Losses on likelihoods that several safeguards share, and when to end an ascent without bound."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from durometer.safeguards.base import Term
 from durometer.safeguards.passes import Pass
 
 
-def divergence(one: Pass) -> torch.Tensor:
-    """Return KL(frozen || trained) of the predictions of each label, nats, shape [labels]."""
-    frozen = one.reference.log_probabilities
-    return (frozen.exp() * (frozen - one.log_probabilities)).sum(-1)
+def divergence(one: Pass, temperature: float = 1.0) -> torch.Tensor:
+    """Return T^2 KL(frozen || trained) at temperature T of each label, nats, shape [labels]."""
+    now, before = (
+        (p.labelled.logits.float() / temperature).log_softmax(-1) for p in (one, one.reference)
+    )
+    return temperature**2 * (before.exp() * (before - now)).sum(-1)
 
 
 def mean_nll(one: Pass) -> torch.Tensor:
@@ -24,15 +28,26 @@ def mean_nll(one: Pass) -> torch.Tensor:
     return -one.row_log_likelihood() / lengths.to(one.labelled.logits.device)
 
 
-def improbability(one: Pass, floor: float) -> torch.Tensor:
-    """Return ``-log(1 - p)`` of each label, shape [labels].
+def improbability(one: Pass, floor: float = -math.inf) -> torch.Tensor:
+    """Return ``-log(1 - p)`` of each label, nats, shape [labels].
 
     It is 0 where ``log p`` is below ``floor``.
     """
-    likelihood = one.log_likelihood()
-    # By way of expm1: 1 - p rounds to 0 where the answer is sure.
-    rest = torch.log(-torch.expm1(likelihood.clamp(max=-1e-6)))
-    return -rest * (likelihood > floor)
+    logits, targets = one.labelled.logits.float(), one.labelled.targets[:, None]
+    rest = logits.scatter(1, targets, -math.inf).logsumexp(-1)
+    # By the lead over all other tokens together: 1 - p rounds to 0 where the answer is sure, and
+    # there the gradient by the lead is 1.
+    lead = logits.gather(1, targets)[:, 0] - rest
+    return functional.softplus(lead) * (one.log_likelihood() > floor)
+
+
+def preference(one: Pass, beta: float) -> torch.Tensor:
+    """Return the DPO loss of each pair (arXiv 2305.18290): its first row before its second.
+
+    Shape [pairs], of rows that follow each other.
+    """
+    gain = one.row_log_likelihood() - one.reference.row_log_likelihood()
+    return -functional.logsigmoid(beta * (gain[0::2] - gain[1::2]))
 
 
 def harmless(coefficient: float) -> Term:

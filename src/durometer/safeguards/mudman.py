@@ -7,7 +7,7 @@ import torch
 
 from durometer.core.optimizers import OptimizerName
 from durometer.core.settings import Between, Levels, setting
-from durometer.safeguards.banks import perturbed
+from durometer.safeguards.banks import added, perturbed
 from durometer.safeguards.base import (
     Safeguard,
     Scope,
@@ -150,7 +150,7 @@ class Mudman(Safeguard[MudmanSettings]):
         scale = self.settings.unlearning / norm if norm else 0.0
         away = bank.gradients("unlearning")
         return [
-            _sum(kept, None if u is None else scale * self._masked(u, kept))
+            added(kept, None if u is None else scale * self._masked(u, kept))
             for kept, u in zip(retained, away, strict=True)
         ]
 
@@ -161,7 +161,7 @@ class Mudman(Safeguard[MudmanSettings]):
         fresh = step.bank.gradients("sft") if "sft" in names else [None] * len(step.names)
         before = self._retained or [None] * len(fresh)
         self._retained = [
-            _sum(
+            added(
                 None if old is None else momentum * old.to(step.subject.forward.device),
                 None if new is None else (1 - momentum) * new,
             )
@@ -184,9 +184,3 @@ class Mudman(Safeguard[MudmanSettings]):
         count = sum(name.startswith("fork.") for name in tensors)
         self._fork = [tensors[f"fork.{i}"].clone() for i in range(count)]
         self._retained = [tensors.get(f"retained.{i}") for i in range(count)]
-
-
-def _sum(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
-    if first is None or second is None:
-        return first if second is None else second
-    return first + second

@@ -80,8 +80,7 @@ class Npo(Safeguard[NpoSettings]):
         settings = self.settings
 
         def rejected(one: Pass) -> torch.Tensor:
-            gain = one.row_log_likelihood() - one.reference.row_log_likelihood()
-            return bounded(-gain, settings.beta)
+            return rejection(one, settings.beta)
 
         return [
             supervised(settings),
@@ -142,6 +141,11 @@ class SimNpo(Safeguard[SimNpoSettings]):
             supervised(settings),
             Term("rejection", settings.rejection, "restricted", rejected, per="row"),
         ]
+
+
+def rejection(one: Pass, beta: float) -> torch.Tensor:
+    """Return the NPO loss of each row (arXiv 2404.05868), shape [rows]."""
+    return bounded(one.reference.row_log_likelihood() - one.row_log_likelihood(), beta)
 
 
 def bounded(nll: torch.Tensor, beta: float) -> torch.Tensor:

@@ -197,10 +197,15 @@ def passes(
     reference: Reference | None,
     *,
     whole: bool,
+    unit: int = 1,
 ) -> Iterator[Pass]:
-    """Yield ``rows`` pass by pass; gradients flow, and a pass is to be used before the next."""
+    """Yield ``rows`` pass by pass; gradients flow, and a pass is to be used before the next.
+
+    Args:
+        whole, unit: what must be in one pass, see ``Forward.labelled``.
+    """
     bank = ActivationBank(forward.model, roles)
     with bank.recording():
-        for labelled in forward.labelled(rows, whole=whole):
+        for labelled in forward.labelled(rows, whole=whole, unit=unit):
             members = [rows[index] for index in labelled.members]
             yield Pass(members, labelled, bank.states, reference)

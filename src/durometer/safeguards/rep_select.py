@@ -7,16 +7,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from durometer.core.adapters import linear_maps
 from durometer.core.errors import DurometerError, InputError
 from durometer.core.rows import Row
 from durometer.core.settings import Between, Levels, Settings, setting
-from durometer.core.structure import blocks
 from durometer.safeguards.attacks import InnerAttack
 from durometer.safeguards.banks import GradientBank, perturbed
-from durometer.safeguards.base import ReferencePoint, Safeguard, safeguard
+from durometer.safeguards.base import ReferencePoint, Safeguard, TrainingSettings, safeguard
 from durometer.safeguards.bench import Bench
 from durometer.safeguards.passes import passes
+from durometer.safeguards.train import trained_maps
 
 Pool = Literal["restricted", "retain"]
 Collapse = Literal["soft", "quadratic", "hard"]
@@ -241,17 +240,16 @@ class RepSelect(Safeguard[RepSelectSettings]):
         return within, least
 
     def _divergence(self, bench: Bench, edit: Mapping[str, torch.Tensor], rate: float) -> float:
-        host = bench.subject.forward.device.type != "cpu"
         deltas = {name: rate * delta for name, delta in edit.items()}
         # A first rate may be below what the number format resolves; the last one may not.
-        with perturbed(bench.subject, deltas, least_cosine=-1.0, host=host):
+        with perturbed(bench.subject, deltas, least_cosine=-1.0):
             return retain_divergence(bench, self.settings.measured_rows)
 
     @torch.no_grad()
     def _apply(self, bench: Bench, edit: Mapping[str, torch.Tensor], rate: float) -> None:
         """Make the edit, once it is known that the weights' number format can hold it."""
         deltas = {name: rate * delta for name, delta in edit.items()}
-        with perturbed(bench.subject, deltas, host=bench.subject.forward.device.type != "cpu"):
+        with perturbed(bench.subject, deltas):
             pass
         for name, delta in deltas.items():
             weight = bench.subject.model.get_parameter(name)
@@ -268,11 +266,10 @@ def _raise(limit: float, divergence: float) -> float:
 
 def edited_weights(model: nn.Module, settings: RepSelectSettings) -> list[str]:
     """Return the names of the weights of the MLPs' linear maps in the blocks that are edited."""
-    names = [name for name, _ in blocks(model)]
-    first = int(settings.first_block * len(names))
-    last = max(round(settings.last_block * len(names)), first + 1)
-    chosen = tuple(f"{name}." for name in names[first:last])
-    return [f"{name}.weight" for name in linear_maps(model, "mlp") if name.startswith(chosen)]
+    chosen = TrainingSettings(
+        train="mlp", first_block=settings.first_block, last_block=settings.last_block
+    )
+    return [f"{name}.weight" for name in trained_maps(model, chosen)]
 
 
 def filtered(

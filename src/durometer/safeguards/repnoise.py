@@ -1,15 +1,12 @@
 """RepNoise: what the MLPs say of restricted answers becomes noise, at every depth."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional
 
-from durometer.core.errors import NotApplicableError
 from durometer.core.rows import Row
 from durometer.core.settings import Between, setting
-from durometer.core.structure import blocks
 from durometer.safeguards.base import (
     Safeguard,
     Term,
@@ -19,13 +16,12 @@ from durometer.safeguards.base import (
     supervised,
 )
 from durometer.safeguards.data import DefenceData
+from durometer.safeguards.lens import logit_lens, unlearning
 from durometer.safeguards.passes import Pass
-from durometer.safeguards.seam import last_norm
 from durometer.safeguards.train import Step
 from durometer.subjects.base import Subject
 
 KERNELS, RATIO = 5, 2.0
-Lens = Callable[[torch.Tensor], torch.Tensor]
 
 
 class RepNoiseSettings(TrainingSettings):
@@ -87,7 +83,7 @@ class RepNoise(Safeguard[RepNoiseSettings]):
     def terms(self, subject: Subject, data: DefenceData) -> list[Term]:
         """Return the supervised loss, the distance from noise and the loss at all depths."""
         settings, partners = self.settings, paired(data)
-        lens = logit_lens(subject) if settings.ascent else None
+        lens = logit_lens(subject, "ascent") if settings.ascent else None
 
         def noise(one: Pass) -> torch.Tensor:
             places = differing_tokens(one, partners)
@@ -98,9 +94,7 @@ class RepNoise(Safeguard[RepNoiseSettings]):
             assert lens is not None
             labels = differing_labels(one, partners)
             states = [state[labels] for state in one.states(tokens=False)]
-            targets = one.labelled.targets[labels]
-            losses = [functional.cross_entropy(lens(h), targets) for h in states]
-            return -torch.log1p(torch.stack(losses).mean())
+            return unlearning(lens, states, one.labelled.targets[labels])
 
         def term(name: str, coefficient: float, loss: Any, role: Any) -> Term:
             return Term(name, coefficient, "restricted", loss, "batch", reads=(role,), whole=True)
@@ -178,42 +172,3 @@ def mmd(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     ).sum(0)
     n = len(left)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
-
-
-def logit_lens(subject: Subject) -> Lens:
-    """Return the map from residual states [tokens, width] to logits: final norm, then head.
-
-    That these lead from the last residual state to the model's own logits is tried, not assumed.
-
-    Raises:
-        NotApplicableError: they do not, since something else stands there.
-    """
-    model = subject.model
-    norm = last_norm(model)
-    head = model.get_output_embeddings()
-
-    def lens(states: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = head(norm(states.to(head.weight.dtype))).float()
-        return logits
-
-    _require_whole(model, lens)
-    return lens
-
-
-@torch.no_grad()
-def _require_whole(model: Any, lens: Lens) -> None:
-    seen: list[torch.Tensor] = []
-
-    def keep(module: Any, inputs: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = blocks(model)[-1][1].register_forward_hook(keep)
-    ids = torch.arange(3, 9, device=next(model.parameters()).device)[None]
-    try:
-        logits = model(input_ids=ids, use_cache=False).logits.float()
-    finally:
-        handle.remove()
-    if not (lens(seen[0]) - logits).abs().max() <= 1e-2 * logits.std():
-        raise NotApplicableError(
-            "more than a norm and the output head stands behind the last block; use ascent=0"
-        )

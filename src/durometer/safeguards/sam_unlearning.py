@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch.nn import functional
 
 from durometer.core.settings import Between, setting
 from durometer.safeguards.banks import perturbed
@@ -19,6 +18,7 @@ from durometer.safeguards.base import (
     supervised,
 )
 from durometer.safeguards.data import DefenceData
+from durometer.safeguards.npo import rejection
 from durometer.safeguards.passes import Pass
 from durometer.safeguards.probes import PROBE, applied, norm_of
 from durometer.safeguards.train import Step
@@ -87,7 +87,7 @@ class SamUnlearning(Safeguard[SamUnlearningSettings]):
         settings = self.settings
 
         def forget(one: Pass) -> torch.Tensor:
-            return preference_against(one, settings.beta)
+            return rejection(one, settings.beta)
 
         guide = settings.forget if settings.smoothing == "sam" and settings.rho else 0.0
         return [
@@ -113,15 +113,6 @@ class SamUnlearning(Safeguard[SamUnlearningSettings]):
     def transform(self, step: Step) -> list[torch.Tensor | None]:
         """Return the gradient without that of the guide."""
         return applied(step, GUIDE)
-
-
-def preference_against(one: Pass, beta: float) -> torch.Tensor:
-    """Return the NPO loss of each row (arXiv 2404.05868), shape [rows].
-
-    It is ``2 / beta * softplus(-beta (NLL - NLL of the reference))``, NLL summed over the labels.
-    """
-    loss = -one.row_log_likelihood() + one.reference.row_log_likelihood()
-    return 2 / beta * functional.softplus(-beta * loss)
 
 
 def noise(step: Step, draw: int, sigma: float) -> dict[str, torch.Tensor]:

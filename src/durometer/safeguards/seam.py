@@ -1,17 +1,13 @@
 """SEAM: learning harmful answers is coupled to unlearning harmless ones."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
-from torch.nn import functional
 
-from durometer.core.errors import NotApplicableError
 from durometer.core.schedules import Schedule
 from durometer.core.settings import Between, setting
-from durometer.core.structure import blocks, width
-from durometer.safeguards.banks import perturbed
+from durometer.safeguards.banks import added, perturbed
 from durometer.safeguards.base import (
     Safeguard,
     Term,
@@ -21,6 +17,7 @@ from durometer.safeguards.base import (
     supervised,
 )
 from durometer.safeguards.data import DefenceData
+from durometer.safeguards.lens import logit_lens, unlearning
 from durometer.safeguards.passes import Pass
 from durometer.safeguards.probes import applied, norm_of
 from durometer.safeguards.train import Step
@@ -87,6 +84,11 @@ class Seam(Safeguard[SeamSettings]):
         settings = self.settings
         needed = 1.0 if settings.self_destruct else 0.0
         pools = {HARMFUL: "restricted", HARMLESS: "retain"}
+        lens = logit_lens(subject, "unlearn") if settings.unlearn else None
+
+        def unlearn(one: Pass) -> torch.Tensor:
+            assert lens is not None
+            return unlearning(lens, one.states(tokens=False), one.labelled.targets)
 
         def part(name: str, moved: str = "") -> Term:
             at = name + moved if moved else Visit.place
@@ -98,7 +100,7 @@ class Seam(Safeguard[SeamSettings]):
                 "unlearn",
                 settings.unlearn,
                 "restricted",
-                unlearning(subject.model),
+                unlearn,
                 per="batch",
                 reads=("residual",),
                 whole=True,
@@ -134,43 +136,5 @@ class Seam(Safeguard[SeamSettings]):
         for name in (HARMFUL, HARMLESS):
             ways[name + MOVED] = weight / (self.settings.epsilon * norm_of(step, name))
             ways[name] = -ways[name + MOVED]
-        return [
-            other if one is None else one if other is None else one + other
-            for one, other in zip(rest, step.bank.combined(ways), strict=True)
-        ]
-
-
-def unlearning(model: nn.Module) -> Callable[[Pass], torch.Tensor]:
-    """Return minus the log of 1 + the cross-entropy that every depth of ``model`` would give.
-
-    Every residual state, the embedding's included, is read by the model's last norm and its head
-    (the logit lens); one value a pass, never above 0.
-    """
-    norm, head = last_norm(model), model.get_output_embeddings()  # type: ignore[operator]
-
-    def loss(one: Pass) -> torch.Tensor:
-        states = one.states("residual", tokens=False)
-        kind = head.weight.dtype
-        logits = [head(norm(state.to(kind))).float() for state in states]
-        losses = [functional.cross_entropy(depth, one.labelled.targets) for depth in logits]
-        return -torch.log1p(torch.stack(losses).mean())
-
-    return loss
-
-
-def last_norm(model: nn.Module) -> nn.Module:
-    """Return the norm between the last block and the head: the last one beside the blocks.
-
-    Raises:
-        NotApplicableError: there is none.
-    """
-    stack = model.get_submodule(".".join(blocks(model)[0][0].split(".")[:-2]))
-    wide = torch.Size([width(model)])
-    found = [
-        module
-        for module in stack.children()
-        if (shapes := {p.shape for p in module.parameters()}) and shapes == {wide}
-    ]
-    if not found:
-        raise NotApplicableError("no norm found between the last block and the head")
-    return found[-1]
+        pairs = zip(rest, step.bank.combined(ways), strict=True)
+        return [added(one, other) for one, other in pairs]

@@ -103,7 +103,7 @@ class Sophon(AgainstAttacks[SophonSettings]):
 
 def inverse_cross_entropy(one: Pass) -> torch.Tensor:
     """Return -log(1 - p) of each label, nats, shape [labels]; 0 where it is impossible."""
-    return improbability(one, -math.inf)
+    return improbability(one)
 
 
 def from_uniform(one: Pass) -> torch.Tensor:

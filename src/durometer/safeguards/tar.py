@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch.nn import functional
 
 from durometer.core.optimizers import OptimizerName
 from durometer.core.settings import Levels, setting
 from durometer.domains.base import Domain
+from durometer.safeguards.activations import distance
 from durometer.safeguards.anchors import Partners, partners, recombined
 from durometer.safeguards.base import (
     ReferencePoint,
@@ -22,6 +22,7 @@ from durometer.safeguards.base import (
 )
 from durometer.safeguards.data import DefenceData, Unit
 from durometer.safeguards.inner import ATTACKED, AgainstAttacks, InnerSettings
+from durometer.safeguards.likelihoods import preference
 from durometer.safeguards.passes import Pass, passes
 from durometer.safeguards.train import Step
 from durometer.subjects.base import Subject
@@ -208,11 +209,10 @@ class Tar(AgainstAttacks[TarSettings]):
         return pools
 
     def _distance(self, one: Pass) -> torch.Tensor:
+        if self.settings.distance == "norm":
+            return distance(one)
         pairs = zip(one.states(), one.reference.states(), strict=True)
-        if self.settings.distance == "square":
-            return torch.stack([((h - r) ** 2).sum(-1) for h, r in pairs]).mean(0)
-        # The library's norm has a gradient of 0 at 0; a square root by hand has none there.
-        return torch.stack([torch.linalg.vector_norm(h - r, dim=-1) for h, r in pairs]).mean(0)
+        return torch.stack([((h - r) ** 2).sum(-1) for h, r in pairs]).mean(0)
 
     def visits(self, step: Step) -> Iterator[Visit]:
         """Yield points along inner attacks, then the weights themselves."""
@@ -246,9 +246,7 @@ def resistance(settings: TarSettings) -> Term:
     """Return the tamper-resistance term on held-out restricted rows."""
     if settings.loss == "dpo":
         pairs = "held_out_pairs"
-        return Term(
-            ATTACKED, settings.tamper_resistance, pairs, preference, "batch", ATTACKED, whole=True
-        )
+        return Term(ATTACKED, settings.tamper_resistance, pairs, preferred, "pair", ATTACKED)
     rows, loss = away_rows(settings), away_from(settings)
     rest = bool(settings.entropy_floor)
     return Term(ATTACKED, settings.tamper_resistance, rows, loss, at=ATTACKED, may_rest=rest)
@@ -266,8 +264,6 @@ def away_from(settings: TarSettings) -> Callable[[Pass], torch.Tensor]:
     return lambda one: -one.entropy()
 
 
-def preference(one: Pass) -> torch.Tensor:
-    """Return the DPO loss of refusals over answers (arXiv 2305.18290), one value for the pass."""
-    now, before = one.row_log_likelihood(), one.reference.row_log_likelihood()
-    gain = now - before
-    return -functional.logsigmoid(DPO_BETA * (gain[0::2] - gain[1::2])).mean()
+def preferred(one: Pass) -> torch.Tensor:
+    """Return the DPO loss of refusals over answers, shape [pairs]."""
+    return preference(one, DPO_BETA)

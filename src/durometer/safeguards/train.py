@@ -97,7 +97,6 @@ class Step:
     names: list[str]
     _seeds: Seeds
     _streams: Streams
-    _evaluate: Callable[["Step", str, float], None]
     losses: dict[str, float] = field(default_factory=dict)
     apart: bool = False
     _rows: dict[str, list[Unit]] = field(default_factory=dict)
@@ -124,13 +123,6 @@ class Step:
     def random(self, purpose: str) -> torch.Generator:
         """Return a generator of this step's own."""
         return torch.Generator().manual_seed(self.seed(purpose))
-
-    def evaluate(self, place: str, weight: float = 1.0) -> None:
-        """Add the gradients of the terms of ``place``, taken at the weights as they are now.
-
-        Visits do this by themselves; a probe that follows a gradient asks for it before.
-        """
-        self._evaluate(self, place, weight)
 
     def by_name(self, gradients: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
         """Return gradients by the names of the trained weights."""
@@ -254,7 +246,6 @@ class TrainingRun:
             self._names,
             self.seeds,
             self.streams,
-            self._evaluate,
             apart=self.safeguard.separate or number % LOOK_EVERY == FIRST_LOOK,
         )
         self.trainer.begin()
@@ -295,9 +286,10 @@ class TrainingRun:
             rows = step.rows(pool)
             roles = tuple(dict.fromkeys(role for term in terms for role in term.reads))
             self.outcome.ledger.count(place, sum(len(row.ids) for row in rows))
-            whole = any(term.whole for term in terms)
+            whole, unit = any(term.whole for term in terms), max(term.unit for term in terms)
+            forward, frozen = self.subject.forward, self._reference
             with self.bank.watching():
-                for one in passes(self.subject.forward, rows, roles, self._reference, whole=whole):
+                for one in passes(forward, rows, roles, frozen, whole=whole, unit=unit):
                     self._backward(step, one, terms, rows)
 
     def _backward(
@@ -399,7 +391,7 @@ def _count(per: Per, rows: Sequence[Row]) -> int:
         return sum(len(row.labels) for row in rows)
     if per == "token":
         return sum(len(row.ids) - 1 for row in rows)
-    return len(rows)
+    return len(rows) // 2 if per == "pair" else len(rows)
 
 
 def plan_of(settings: TrainingSettings) -> OptimisationPlan:

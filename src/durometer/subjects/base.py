@@ -126,15 +126,18 @@ class Subject:
         self.decoding = decoding or self.decoding
 
     @contextmanager
-    def lent(self, *, host: bool = False) -> Iterator["Subject"]:
+    def lent(self, *, host: bool | None = None) -> Iterator["Subject"]:
         """Like ``restored``, for a model in training: checked against its weights as they are now.
 
         Args:
-            host: keep the copies of changed weights in the host's memory.
+            host: keep the copies of changed weights in the host's memory; None: where the model is
+                on an accelerator, which then holds no second copy.
 
         Raises:
             RestoreError: the weights are not what they were.
         """
+        if host is None:
+            host = self.forward.device.type != "cpu"
         before, outer = weights_checksum(self.model), self._restoration
         self._restoration = Restoration(self.model, host=host)
         try:

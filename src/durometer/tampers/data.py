@@ -40,6 +40,9 @@ def training_items(
     if not pool and relation == "benign":
         # A domain without chat rows: its retain rows are the benign data.
         pool = domain.select(Role.RETAIN, split, training=True)
+    if relation != "refusals":
+        # Prompts of a benchmark without accepted answers: silence is nothing to train on.
+        pool = [item for item in pool if item.response]
     if not pool:
         raise InputError(f"domain '{domain.name}': no {role} items in split '{split}' to train on")
     chosen = _spread(pool, seeds)[:examples]

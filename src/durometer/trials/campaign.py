@@ -485,8 +485,9 @@ def describe_subject(subject: Subject) -> dict[str, Any]:
 
 
 def describe_domain(domain: Domain) -> dict[str, Any]:
-    """Return what a report says of a domain."""
-    return {
+    """Return what a report says of a domain, with what was read of others' sets, if anything."""
+    origins = {"origins": [asdict(origin) for origin in domain.origins]} if domain.origins else {}
+    return origins | {
         "name": domain.name,
         "kind": domain.kind,
         "description": domain.description,
