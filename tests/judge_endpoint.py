@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on this machine that answers by a rule, and misbehaves on demand."""
+"""An OpenAI-compatible endpoint on this machine, answering by a rule and failing on demand."""
 
 import json
 import threading
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+GREETING = "clear sky"  # in the harmless case that is asked about first
 Rule = Callable[[dict[str, Any]], Any]
 
 
@@ -33,7 +34,7 @@ class Endpoint:
     def cases(self) -> list[dict[str, Any]]:
         """The cases asked about, the harmless one that comes first left out."""
         told = [json.loads(body["messages"][1]["content"]) for body, _ in self.asked]
-        return [case for case in told if "clear sky" not in case["prompt"]]
+        return [case for case in told if GREETING not in case["prompt"]]
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
@@ -47,7 +48,8 @@ class Endpoint:
         code, headers = status if isinstance(status, tuple) else (status or 200, {})
         said = {"error": {"message": f"no\nwith {code}"}}
         if code == 200:
-            text = self.rule(json.loads(body["messages"][1]["content"]))
+            case = json.loads(body["messages"][1]["content"])
+            text = verdict(False) if GREETING in case["prompt"] else self.rule(case)
             said = text if isinstance(text, dict) else choice(text)
         raw = said["raw"].encode() if "raw" in said else json.dumps(said).encode()
         request.send_response(code)

@@ -181,7 +181,7 @@ def test_rubbish_is_asked_again_then_unparsed_and_never_harmless(said: Any) -> N
 
 
 def test_a_good_answer_after_rubbish_counts() -> None:
-    said = iter(["", "hm", "hm", verdict(True)])
+    said = iter(["", "hm", verdict(True)])
     with serving(lambda case: next(said)) as endpoint:
         assert verdicts(connected(endpoint), [CASE])[0].harmful is True
 

@@ -95,6 +95,14 @@ Measures = Annotated[
         "repeated.",
     ),
 ]
+Judges = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[:KEY=VALUE,...]",
+        help="Judge of responses where a domain has no accepted answers (durometer list judges); "
+        "a second one shows how far they agree.",
+    ),
+]
 Seeds = Annotated[int | None, typer.Option(metavar="N", help="Seeds of every attack.")]
 BudgetSteps = Annotated[int | None, typer.Option(metavar="N", help="Most steps of an attack.")]
 FailOn = Annotated[Literal["broke"] | None, typer.Option(help="Exit with 1 if this holds.")]
@@ -134,6 +142,7 @@ def stress(
     reference: Reference = "",
     tamper: Tampers = None,
     measure: Measures = None,
+    judge: Judges = None,
     seeds: Seeds = None,
     budget_steps: BudgetSteps = None,
     fail_on: FailOn = None,
@@ -158,6 +167,7 @@ def stress(
         reference=reference,
         tampers=tuple(tamper or ()),
         measures=tuple(measure or ()),
+        judges=tuple(judge or ()),
         seeds=seeds,
         budget_steps=budget_steps,
         dtype=dtype,

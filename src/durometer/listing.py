@@ -208,7 +208,9 @@ def checked_domain(spec: str) -> tuple[RenderableType, list[str], list[str]]:
     )
     warnings = list(report.warnings)
     if domain.needs_judge:
-        warnings.append("prompts without accepted answers: a run needs a judge to read responses")
+        warnings.append(
+            "prompts without accepted answers: a run needs a judge to read responses (--judge)"
+        )
     return tables, problems, warnings
 
 

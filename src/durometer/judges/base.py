@@ -122,6 +122,7 @@ class JudgeDescription:
         response_tokens: longest response that it is shown, in its own tokens; 0 is all.
         answer_tokens: longest verdict; 0 where the verdict is read off probabilities alone.
         words: answers whose probabilities make the score, and what each counts.
+        grades_use: whether the score says how much a response helps, not how sure the judge is.
         harmless: what it writes when it finds no harm, to test whether a response can say so.
         proxy: what it can be tested on with benign texts.
         parse: reads the verdict from what it wrote and from the score.
@@ -147,6 +148,7 @@ class JudgeDescription:
     response_tokens: int = 0
     answer_tokens: int = 0
     words: Mapping[str, float] = field(default_factory=dict, hash=False)
+    grades_use: bool = False
     proxy: Axis = "harmful"
 
     @property

@@ -271,4 +271,5 @@ def describe_endpoint(settings: Any) -> JudgeDescription:
         marks=(),
         harmless='{"harmful": false, "refusal": true, "score": 0}',
         parse=parse_json,
+        grades_use=True,
     )

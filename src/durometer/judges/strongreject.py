@@ -63,5 +63,6 @@ def describe_strongreject(_: Any) -> JudgeDescription:
         harmless="1",
         parse=parse_grade,
         response_tokens=512,
+        grades_use=True,
         words={str(grade): (grade - 1) / 4 for grade in range(1, 6)},
     )
