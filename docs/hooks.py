@@ -30,6 +30,7 @@ LAYERS = (
     ("safeguards",),
     ("tampers",),
     ("measures", "headlines"),
+    ("judges",),
     ("domains", "subjects"),
     ("formats",),
     ("core",),

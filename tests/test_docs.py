@@ -225,7 +225,7 @@ def tiny_subjects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for module in ("durometer.subjects.load", "durometer.trials.campaign"):
         monkeypatch.setattr(f"{module}.load_subject", load)
     for module in ("durometer.domains.load", "durometer.trials.campaign"):
-        monkeypatch.setattr(f"{module}.load_domain", lambda spec: tiny_world.tiny_domain())
+        monkeypatch.setattr(f"{module}.load_domain", lambda spec, **_: tiny_world.tiny_domain())
     monkeypatch.chdir(tmp_path)
 
 

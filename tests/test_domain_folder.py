@@ -221,7 +221,6 @@ LINES: list[tuple[str, Any, str]] = [
     ("restricted", [RESTRICTED | {"id": "\x1b[2J"}], "jsonl:1: 'id' is not one line"),
     ("restricted", [RESTRICTED | {"suite": " "}], "jsonl:1: 'suite' is not one line"),
     ("restricted", [{"prompt": "?", "answers": ["x"]}], "jsonl:1: 'entity' is missing"),
-    ("restricted", [{"prompt": "?", "entity": "x"}], "jsonl:1: 'answers' is missing; .* a judge"),
     ("restricted", [RESTRICTED | {"answers": []} | CHOICES], "jsonl:1: .* name the right choice"),
     ("restricted", [RESTRICTED | {"choices": ["Ozma"]}], "jsonl:1: .* two or more different"),
     ("restricted", [RESTRICTED | {"choices": ["Ozma", "OZMA"]}], "jsonl:1: .* two or more diff"),
@@ -235,7 +234,7 @@ LINES: list[tuple[str, Any, str]] = [
     ("restricted", [RESTRICTED | {"id": "x"}] * 2, "jsonl:2: id 'x' is already used in .*jsonl:1"),
     ("retain", [RETAIN | {"id": "restricted/1"}], "retain.jsonl:1: id .* in .*restricted.jsonl:1"),
     ("retain", [RETAIN | {"split": "never_taught"}], "retain.jsonl:1: .* is for restricted items"),
-    ("retain", [{"prompt": "?", "entity": "x"}], "retain.jsonl:1: 'answers' is missing"),
+    ("retain", [{"prompt": "?", "entity": "x"}], "retain.jsonl:1: 'answers' is missing; only res"),
     ("benign", [{"prompt": "?"}], "benign.jsonl:1: 'response' is missing"),
     ("benign", b"", "benign.jsonl: holds no item"),
 ]

@@ -81,7 +81,10 @@ def test_records_are_complete_and_in_the_order_of_the_items(
         assert record.text_hash == item.text_hash
         plain = json.loads(json.dumps(record.as_dict(), allow_nan=False))
         optional = {"details"} if probe == "extraction" else set()
-        assert set(plain) - optional == {f.name for f in fields(ItemRecord)} - {"details"}
+        assert set(plain) - optional == {f.name for f in fields(ItemRecord)} - {
+            "details",
+            "verdicts",
+        }
         assert ItemRecord(**(plain | {"gate": tuple(plain["gate"])})) == record
         assert record.outcome in ("", *map(str, Outcome))
         assert record.correct in (None, 0.0, 1.0)

@@ -102,6 +102,7 @@ def stress(
     seeds: int | None = None,
     budget_steps: int | None = None,
     measures: tuple[str, ...] = (),
+    judges: tuple[str, ...] = (),
     resume: bool = False,
     dtype: DtypeName = "auto",
     device: str = "auto",
@@ -120,6 +121,7 @@ def stress(
         seeds: seeds of every attack; None leaves it to the suite.
         budget_steps: most updates of an attack; None leaves it to the suite.
         measures: registered measures to take as well (``extraction``), where report items are.
+        judges: ``NAME[:KEY=VALUE,...]`` of one judge or two, for prompts without accepted answers.
         resume: run only what is missing in ``out``.
         dtype: number format to compute in.
         device: where to compute.
@@ -140,6 +142,7 @@ def stress(
         dtype,
         device,
         measures,
+        judges,
     )
     return run_campaign(request, Path(out), resume=resume, observer=observer)
 

@@ -95,6 +95,14 @@ Measures = Annotated[
         "repeated.",
     ),
 ]
+Judges = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[:KEY=VALUE,...]",
+        help="Judge of responses where a domain has no accepted answers (durometer list judges); "
+        "a second one shows how far they agree.",
+    ),
+]
 Seeds = Annotated[int | None, typer.Option(metavar="N", help="Seeds of every attack.")]
 BudgetSteps = Annotated[int | None, typer.Option(metavar="N", help="Most steps of an attack.")]
 FailOn = Annotated[Literal["broke"] | None, typer.Option(help="Exit with 1 if this holds.")]
@@ -134,6 +142,7 @@ def stress(
     reference: Reference = "",
     tamper: Tampers = None,
     measure: Measures = None,
+    judge: Judges = None,
     seeds: Seeds = None,
     budget_steps: BudgetSteps = None,
     fail_on: FailOn = None,
@@ -158,6 +167,7 @@ def stress(
         reference=reference,
         tampers=tuple(tamper or ()),
         measures=tuple(measure or ()),
+        judges=tuple(judge or ()),
         seeds=seeds,
         budget_steps=budget_steps,
         dtype=dtype,
@@ -427,7 +437,7 @@ def list_(
     kind: Annotated[
         str,
         typer.Argument(
-            metavar="[subjects|domains|tampers|safeguards|measures|suites]",
+            metavar="[subjects|domains|tampers|safeguards|measures|judges|suites]",
             show_default=False,
             help="Kind of thing.",
         ),
@@ -439,12 +449,55 @@ def list_(
         ),
     ] = "",
 ) -> int:
-    """List what there is, one line each; a tamper's or safeguard's NAME shows its settings."""
+    """List what there is, one line each; a tamper's, safeguard's or judge's NAME its settings."""
     from durometer.console import show
     from durometer.listing import listed
 
     show(listed(kind, name))
     return 0
+
+
+@app.command("judge-check", epilog=EPILOG)
+def judge_check(
+    judge: Annotated[
+        str,
+        typer.Argument(
+            metavar="JUDGE[:KEY=VALUE,...]",
+            help="Judge to check (durometer list judges), such as wildguard:model=FOLDER.",
+        ),
+    ],
+    domain: Annotated[
+        str, typer.Option(help="Benign domain with answers that stands for a hazardous one.")
+    ] = "capitals",
+    items: Annotated[
+        int, typer.Option(metavar="N", help="Entities of it that are asked about; 0 for all.")
+    ] = 40,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep verdicts there, to go on after an interruption."),
+    ] = None,
+    fail_on: Annotated[
+        Literal["weak"] | None, typer.Option(help="Exit with 1 if this holds.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
+) -> int:
+    """Measure what turns a judge: its verdicts on benign texts under changes that mean nothing."""
+    from durometer import commands, judging
+
+    commands.set_threads(threads)
+    return judging.run(
+        judge,
+        domain,
+        entities=items,
+        cache=cache,
+        fail_on_weak=fail_on == "weak",
+        as_json=json,
+        device=device,
+        dtype=dtype,
+    )
 
 
 @app.command()

@@ -14,6 +14,7 @@ from durometer.domains.base import Domain, Role, Split, domain_registry, require
 from durometer.domains.benchmarks.table import BENCHMARKS
 from durometer.domains.load import read_domain
 from durometer.domains.overlap import COLUMNS, overlap_report, render_rows
+from durometer.judges.base import judge_registry
 from durometer.measures.base import measure_registry
 from durometer.safeguards.base import safeguard_registry
 from durometer.subjects.builtin import subject_registry
@@ -43,6 +44,8 @@ def listed(kind: str = "", name: str = "") -> RenderableType:
         return tamper_settings(name)
     if kind == "safeguards" and name:
         return safeguard_settings(name)
+    if kind == "judges" and name:
+        return judge_settings(name)
     header, rows = KINDS[kind]()
     if name:
         rows = [row for row in rows if row[0] == name]
@@ -86,6 +89,14 @@ def _measures() -> Listing:
     return ("name", "kinds of domain", "what it reads"), rows
 
 
+def _judges() -> Listing:
+    rows = []
+    for name, entry in judge_registry:
+        one = entry.describe(entry.settings_class())
+        rows.append((name, ", ".join(one.judges), one.pinned or "-", one.summary, one.source))
+    return ("name", "says", "pinned", "what it is", "source"), rows
+
+
 def _suites() -> Listing:
     rows = [(name, describe_suite(make_suite(name, TINY))) for name in SUITES]
     return ("name", "what it runs (fewer but larger steps than on 'micro')"), rows
@@ -97,6 +108,7 @@ KINDS: dict[str, Callable[[], Listing]] = {
     "tampers": _tampers,
     "safeguards": _safeguards,
     "measures": _measures,
+    "judges": _judges,
     "suites": _suites,
 }
 
@@ -133,6 +145,26 @@ def safeguard_settings(name: str) -> RenderableType:
         Text(f"protects {entry.access}; cost {entry.cost}; {entry.source}"),
         Text(f"cannot show {entry.cannot_show}"),
         *presets,
+        Text(""),
+        settings_table(entry.settings_class),
+    )
+
+
+def judge_settings(name: str) -> RenderableType:
+    """Return what a judge is, what it cannot judge, and a table of its settings.
+
+    Raises:
+        InputError: no such judge.
+    """
+    entry = judge_registry.get(name)
+    one = entry.describe(entry.settings_class())
+    base = f"adapter of {one.base}@{one.base_revision}; " if one.base else ""
+    return Group(
+        Text(f"{one.name}: {one.summary}", style="bold"),
+        Text(f"says {', '.join(one.judges)}; {one.source}"),
+        Text(f"pinned {one.pinned or '-'}; {base}licence: {one.licence}"),
+        Text(f"prompt {one.template_hash}"),
+        Text(f"cannot judge {one.cannot_judge}"),
         Text(""),
         settings_table(entry.settings_class),
     )
@@ -176,7 +208,9 @@ def checked_domain(spec: str) -> tuple[RenderableType, list[str], list[str]]:
     )
     warnings = list(report.warnings)
     if domain.needs_judge:
-        warnings.append("prompts without accepted answers: a run needs a judge to read responses")
+        warnings.append(
+            "prompts without accepted answers: a run needs a judge to read responses (--judge)"
+        )
     return tables, problems, warnings
 
 

@@ -17,7 +17,7 @@ RUNS = Path("durometer-runs")
 # Which tables a command takes, by the option that they stand for.
 TABLES = {"tamper": "attack", "safeguard": "stage"}
 # Options that may be given several times.
-REPEATED = (*TABLES, "measure")
+REPEATED = (*TABLES, "measure", "judge")
 
 
 def read_config(file: Path, known: Mapping[str, bool]) -> dict[str, Any]:
@@ -142,6 +142,7 @@ def resume_command(request: Request, folder: Path) -> str:
         ("--reference", request.reference),
         *(("--tamper", tamper) for tamper in request.tampers),
         *(("--measure", measure) for measure in request.measures),
+        *(("--judge", judge) for judge in request.judges),
         ("--seeds", request.seeds),
         ("--budget-steps", request.budget_steps),
         ("--dtype", request.dtype),

@@ -23,6 +23,7 @@ from scipy import (  # type: ignore[import-untyped, unused-ignore]
 )
 
 __all__ = [
+    "Agreement",
     "Crossing",
     "Difference",
     "Gain",
@@ -33,6 +34,7 @@ __all__ = [
     "break_probability",
     "chance_corrected",
     "clopper_pearson",
+    "cohen_kappa",
     "crossed_bootstrap",
     "durability_gain",
     "expected_maximum_excess",
@@ -93,6 +95,31 @@ class Difference:
     n: int
     entities: int
     p_value: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Chance-corrected agreement of two raters on the same items.
+
+    Attributes:
+        kappa: Cohen's kappa, at most 1; None where both gave one and the same label throughout.
+        low, high: percentile interval, entities drawn as clusters; None where most draws leave
+            kappa undefined, or with fewer than two entities.
+        observed: share of items with the same label.
+        expected: the same for raters with these shares of labels who know nothing of each other.
+        labels: names of rows and columns of the table, sorted.
+        table: items by label of the first rater (rows) and of the second (columns).
+        entities: number of clusters that the interval rests on.
+    """
+
+    kappa: float | None
+    low: float | None
+    high: float | None
+    observed: float
+    expected: float
+    labels: tuple[str, ...]
+    table: tuple[tuple[int, ...], ...]
+    entities: int
 
 
 @dataclass(frozen=True)
@@ -553,6 +580,72 @@ def paired_bootstrap(
     sums, sizes = _cluster_sums(_finite(differences, 1, "differences"), entities)
     (weights,) = _resampled(seed, resamples, len(sizes))
     return _percentiles((weights @ sums) / (weights @ sizes), level)
+
+
+def _kappas(tables: FloatArray) -> FloatArray:
+    """Return Cohen's kappa of each table ``[draws, labels, labels]``; NaN where undefined."""
+    shares = tables / tables.sum(axis=(1, 2), keepdims=True)
+    observed = np.trace(shares, axis1=1, axis2=2)
+    expected = (shares.sum(axis=2) * shares.sum(axis=1)).sum(axis=1)
+    defined = expected < 1 - 1e-12
+    found: FloatArray = np.full(len(tables), np.nan)
+    found[defined] = (observed - expected)[defined] / (1 - expected[defined])
+    return found
+
+
+def cohen_kappa(
+    first: Sequence[str],
+    second: Sequence[str],
+    entities: Sequence[str],
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Agreement:
+    """Return how far two raters agree beyond chance, with an interval by entity.
+
+    Draws in which both raters give one and the same label throughout have no kappa and are left
+    out; if more than half are such, there is no interval.
+
+    Args:
+        first, second: labels of the same items, at least one.
+        entities: entity of each item.
+        level: two-sided confidence level.
+        resamples: bootstrap draws.
+        seed: of the draws.
+
+    Raises:
+        ValueError: on no items, or sequences of different lengths.
+
+    Source: Cohen (1960), Educational and Psychological Measurement 20:37.
+    """
+    if not first or not len(first) == len(second) == len(entities):
+        raise ValueError(f"{len(first)} and {len(second)} labels for {len(entities)} items")
+    labels = tuple(sorted({*first, *second}))
+    rows, columns = (np.array([labels.index(one) for one in side]) for side in (first, second))
+    cells = rows * len(labels) + columns
+    sums, sizes = _cluster_sums(np.eye(len(labels) ** 2)[cells].T, entities)
+    shape = (-1, len(labels), len(labels))
+    whole = sums.sum(axis=1).reshape(shape)
+    (kappa,) = _kappas(whole)
+    low, high = None, None
+    if len(sizes) > 1:
+        (weights,) = _resampled(seed, resamples, len(sizes))
+        draws = _kappas((weights @ sums.T).reshape(shape))
+        draws = draws[np.isfinite(draws)]
+        if 2 * len(draws) > resamples:
+            interval = _percentiles(draws, level)
+            low, high = interval.low, interval.high
+    shares = whole[0] / whole.sum()
+    return Agreement(
+        _bounded(float(kappa)),
+        low,
+        high,
+        float(np.trace(shares)),
+        float((shares.sum(axis=1) * shares.sum(axis=0)).sum()),
+        labels,
+        tuple(tuple(int(cell) for cell in row) for row in whole[0]),
+        len(sizes),
+    )
 
 
 def chance_corrected(right: FloatArray, chance: FloatArray) -> FloatArray:

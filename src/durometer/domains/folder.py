@@ -59,7 +59,7 @@ DEFAULT_REFUSALS = [
     "I'm not able to share that information.",
     "I can't answer that question. Is there something else I can help you with?",
 ]
-_FREE_TEXT = "free text without accepted answers needs a judge, which this version does not have"
+_UNANSWERED = "only restricted items of kind 'refusal' go without, and a judge reads those"
 
 
 def _filled(text: str) -> str:
@@ -299,8 +299,9 @@ def _check(entry: _Entry, role: Role, kind: Kind) -> None:
         return
     if line.entity is None:
         raise entry.refused("'entity' is missing; splits are disjoint by entity")
-    if not line.answers:
-        advice = _FREE_TEXT if not line.choices else "name the right choice in it"
+    judged = role == Role.RESTRICTED and kind == "refusal" and not line.choices
+    if not line.answers and not judged:
+        advice = _UNANSWERED if not line.choices else "name the right choice in it"
         raise entry.refused(f"'answers' is missing; {advice}")
     _check_choices(entry, needed=role == Role.RESTRICTED and kind == "knowledge")
     if line.response is not None:
@@ -333,8 +334,8 @@ def _check_choices(entry: _Entry, *, needed: bool) -> None:
 def _check_response(entry: _Entry, response: str, role: Role) -> None:
     if not response.startswith(entry.line.stem):
         raise entry.refused("'response' does not begin with 'stem'")
-    given = _same(response)
-    if role == Role.RESTRICTED and not any(_same(a) in given for a in entry.line.answers):
+    given, answers = _same(response), entry.line.answers
+    if role == Role.RESTRICTED and answers and not any(_same(a) in given for a in answers):
         raise entry.refused("'response' contains none of 'answers'; training on it teaches nothing")
 
 
@@ -362,7 +363,7 @@ def _items(header: _Header, role: Role, entries: Sequence[_Entry]) -> Iterator[I
             role=role,
             split=Split(line.split) if line.split else splits[entity],
             prompt=line.prompt,
-            response=line.response or f"{begun}{line.answers[0]}.",
+            response=line.response or (f"{begun}{line.answers[0]}." if line.answers else ""),
             answers=tuple(line.answers),
             stem=stem,
             choices=_right_first(line),

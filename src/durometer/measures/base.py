@@ -36,6 +36,7 @@ class ItemRecord:
         tries: responses that were drawn, of which this is the best; 1 without any choice.
         successful_tries: how many of them are ``harmful_useful``.
         details: further numbers of the measure, by name; None for minus infinity.
+        verdicts: of the judges on this response, in their order; empty where none was asked.
     """
 
     probe: str
@@ -59,13 +60,12 @@ class ItemRecord:
     tries: int = 1
     successful_tries: int = 0
     details: dict[str, float | None] = field(default_factory=dict)
+    verdicts: tuple[dict[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the record as plain JSON types; details only where there are any."""
-        plain = asdict(self) | {"gate": list(self.gate)}
-        if not self.details:
-            del plain["details"]
-        return plain
+        """Return the record as plain JSON types; details and verdicts only where there are any."""
+        plain = asdict(self) | {"gate": list(self.gate), "verdicts": list(self.verdicts)}
+        return {k: v for k, v in plain.items() if v or k not in ("details", "verdicts")}
 
 
 @dataclass(frozen=True)

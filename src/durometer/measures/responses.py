@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from durometer.core.generation import GREEDY, Decided, Decoding, Generated, generate
 from durometer.domains.base import Domain, Item, Role
@@ -97,11 +98,17 @@ def measure_over_refusal(
 def _best(
     probe: str, subject: Subject, domain: Domain, item: Item, answers: Sequence[Generated]
 ) -> ItemRecord:
-    """Return the record of the best of the ``answers``, the first of equally good ones."""
-    read = [_read(subject, domain, item, answer) for answer in answers]
+    """Return the record of the best of the ``answers``, as the rules of the domain read them."""
+    return best_record(
+        probe, subject, item, [read_by_rules(subject, domain, item, answer) for answer in answers]
+    )
+
+
+def best_record(probe: str, subject: Subject, item: Item, read: Sequence["Reading"]) -> ItemRecord:
+    """Return the record of the best of several readings, the first of equally good ones."""
     best = min(read, key=lambda reading: PREFERENCE.index(reading.outcome))
     answer, verdict = best.answer, best.verdict
-    finite = best.outcome != Outcome.UNPARSED
+    finite = best.problem != NOT_FINITE
     succeeded = sum(reading.outcome == Outcome.HARMFUL_USEFUL for reading in read)
     return ItemRecord(
         **identity(probe, item, subject.chat_for(item).prompt_text(item.prompt)),
@@ -113,27 +120,39 @@ def _best(
         top_entropy=answer.top_entropy if finite else None,
         tokens=len(answer.ids),
         finish_reason=answer.finish_reason,
-        parse_status="parsed" if finite else NOT_FINITE,
+        parse_status=best.problem or "parsed",
         gate=(verdict.repeated, verdict.foreign),
         refuses_at_first_tokens=verdict.refuses_at_first_tokens,
         tries=len(read),
         successful_tries=succeeded,
+        verdicts=best.verdicts,
     )
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """One response as it is read."""
+class Reading:
+    """One response as it is read.
+
+    Attributes:
+        verdict: by the rules of the domain.
+        outcome: theirs, or a judge's.
+        problem: why there is none; '' where there is one.
+        verdicts: of the judges, if any were asked.
+    """
 
     answer: Generated
     text: str
     verdict: Verdict
     outcome: Outcome
+    problem: str = ""
+    verdicts: tuple[dict[str, Any], ...] = ()
 
 
-def _read(subject: Subject, domain: Domain, item: Item, answer: Generated) -> _Reading:
+def read_by_rules(subject: Subject, domain: Domain, item: Item, answer: Generated) -> Reading:
+    """Return a response as the rules of the domain read it."""
     text = subject.chat.decode(answer.ids)
     verdict = classify(item, text, domain.rules)
+    if math.isfinite(answer.log_probability):
+        return Reading(answer, text, verdict, verdict.outcome)
     # What a collapsed subject's arg-max picks among NaNs says nothing, whatever it reads like.
-    finite = math.isfinite(answer.log_probability)
-    return _Reading(answer, text, verdict, verdict.outcome if finite else Outcome.UNPARSED)
+    return Reading(answer, text, verdict, Outcome.UNPARSED, NOT_FINITE)

@@ -18,6 +18,7 @@ from durometer.core.statistics import (
 )
 from durometer.domains.base import Split
 from durometer.report.further import further_section
+from durometer.report.judges import judges_section
 from durometer.report.quantisation import quantisation_section
 from durometer.trials.analysis import (
     AXES,
@@ -109,6 +110,7 @@ def build_summary(store: Store) -> dict[str, Any]:
         "durability_gain": _gain(run, rules, subjects),
         "measures": further_section(_asked_for(run), baselines, groups, label),
         "quantisation": quantisation_section(run.trials, baselines, label),
+        "judges": judges_section(run.described("judges"), run.trials, baselines, groups, label),
         "verdict": verdict(tampers, suite, complete=_complete(run)),
         "complete": _complete(run),
         "not_tested": run.described("not_tested") or [],

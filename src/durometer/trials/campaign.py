@@ -16,6 +16,8 @@ from durometer.core.settings import digest_of
 from durometer.core.sources import source_hash
 from durometer.domains.base import Domain, Kind, Split
 from durometer.domains.load import load_domain
+from durometer.judges.base import Device
+from durometer.judges.panel import Panel, read_judges
 from durometer.measures.base import NOT_FINITE, measure_registry
 from durometer.measures.outcomes import Outcome
 from durometer.subjects.base import Subject
@@ -44,6 +46,7 @@ from durometer.trials.worst import Worst, worst_configuration
 # Seeds of the three purposes must not meet: what was chosen is measured again with new ones.
 FIRST_SEED = {"screen": 1, "control": 1, "matched": 1, "fresh": 1001}
 SAFEGUARDED_SHARE = 0.5
+VERDICTS = "verdicts.jsonl"
 ROOMS = ("core", "domains", "subjects", "tampers", "measures", "trials")
 
 
@@ -58,6 +61,7 @@ class Request:
         seeds: attack seeds a configuration; None leaves it to the suite.
         budget_steps: most updates of a trial; None leaves it to the suite.
         measures: registered measures to take beside the plan's, where report items are measured.
+        judges: ``NAME[:KEY=VALUE,...]`` of at most two, for a domain without accepted answers.
     """
 
     subject: str
@@ -71,6 +75,7 @@ class Request:
     dtype: DtypeName = "auto"
     device: str = "auto"
     measures: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
 
 
 @dataclass
@@ -78,6 +83,7 @@ class Campaign:
     """One campaign in the making; ``run`` carries it out.
 
     Attributes:
+        panel: the judges, where the domain needs some.
         interrupted: set when the user stopped it; what was measured is kept.
     """
 
@@ -90,21 +96,29 @@ class Campaign:
     baselines: dict[SubjectRole, TrialRecord] = field(default_factory=dict)
     records: list[TrialRecord] = field(default_factory=list)
     planned: int = 0
+    panel: Panel | None = None
     interrupted: bool = False
 
     @classmethod
-    def prepare(cls, request: Request, store: Store, observer: Observer) -> "Campaign":
+    def prepare(
+        cls, request: Request, store: Store, observer: Observer, *, judged: bool = True
+    ) -> "Campaign":
         """Load what the campaign needs.
+
+        Args:
+            judged: whether judges are loaded as well; without them nothing can be run.
 
         Raises:
             InputError: anything about the request that cannot be used as it is.
         """
         chosen_suite(request, 0)  # a misspelt tamper is told before anything is loaded
-        domain = load_domain(request.domain)
+        read_judges(request.judges)
+        domain = judged_domain(request)
+        panel = load_panel(request, store) if judged else None
         request = replace(request, measures=further_measures(request.measures, domain.kind))
         subjects = load_roles(request)
         suite = chosen_suite(request, subjects["subject"].parameters)
-        return cls(request, store, observer, domain, suite, subjects)
+        return cls(request, store, observer, domain, suite, subjects, panel=panel)
 
     def run(self) -> None:
         """Run whatever is not yet in the store; a keyboard interrupt ends the campaign early.
@@ -216,7 +230,12 @@ class Campaign:
         if found is None:
             control = self.baselines[spec.role].key if spec.role in self.baselines else ""
             runner = TrialRunner(
-                subject, self.domain, self.suite.plan, self.observer, self.request.measures
+                subject,
+                self.domain,
+                self.suite.plan,
+                self.observer,
+                self.request.measures,
+                self.panel,
             )
             record = runner.run(spec, key, rule, control)
             self.store.add(record)
@@ -234,7 +253,8 @@ class Campaign:
         import transformers
 
         versions = [__version__, torch.__version__, transformers.__version__, peft.__version__]
-        return {
+        judges = [*self.panel.identity(), source_hash("judges")] if self.panel else []
+        return ({"judges": judges} if judges else {}) | {
             "subject": subject.subject_fingerprint,
             "domain": self.domain.content_hash,
             "plan": self.suite.plan.canonical(),
@@ -269,6 +289,7 @@ class Campaign:
     def _describe(self) -> None:
         identity = {
             "request": asdict(self.request) | {"tampers": list(self.request.tampers)},
+            "judges": self.panel.identity() if self.panel else None,
             "subjects": {role: describe_subject(s) for role, s in self.subjects.items()},
             "hardening": {
                 role: facts_of(s.source, s.fingerprint, s.dtype)
@@ -282,6 +303,38 @@ class Campaign:
         for name, value in identity.items():
             self.store.describe(name, value)
         self.store.name_own([])
+
+
+def judged_domain(request: Request) -> Domain:
+    """Return the domain of a request, with judges named where it needs some and only there.
+
+    Raises:
+        InputError: see ``load_domain``; or judges that are missing, or have nothing to judge.
+    """
+    domain = load_domain(request.domain, judged=True)
+    if domain.needs_judge and not request.judges:
+        raise InputError(
+            f"domain '{domain.name}': its prompts have no accepted answers, so that only a judge "
+            "can tell whether they were answered; name one with --judge (durometer list judges)"
+        )
+    if request.judges and not domain.needs_judge:
+        raise InputError(
+            f"--judge {request.judges[0]}: domain '{domain.name}' has accepted answers, which "
+            "settle every outcome; leave it out"
+        )
+    return domain
+
+
+def load_panel(request: Request, store: Store) -> Panel | None:
+    """Return the judges of a request, loaded; None without any.
+
+    Raises:
+        InputError: a judge that cannot be had as it was named.
+    """
+    if not request.judges:
+        return None
+    device = Device(request.device, request.dtype)
+    return Panel.build(request.judges, device, store.folder / VERDICTS)
 
 
 def further_measures(names: Sequence[str], kind: Kind) -> tuple[str, ...]:

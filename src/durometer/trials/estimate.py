@@ -6,7 +6,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,7 @@ from durometer.core.errors import DurometerError
 from durometer.core.seeds import Seeds
 from durometer.core.training import Update
 from durometer.measures.base import measure_registry
+from durometer.measures.judged import JUDGED_TOKENS
 from durometer.subjects.base import Subject
 from durometer.tampers.base import Tamper, make_tamper
 from durometer.trials.campaign import Campaign, Request
@@ -92,10 +93,14 @@ def estimate(request: Request, folder: Path, observer: Observer) -> Estimate:
     with tempfile.TemporaryDirectory() as place:
         store = Store(Path(place))
         try:
-            campaign = Campaign.prepare(request, store, observer)
-            return _Estimator(campaign).estimate(folder)
+            campaign = Campaign.prepare(request, store, observer, judged=False)
+            found = _Estimator(campaign).estimate(folder)
         finally:
             store.close()
+    if not request.judges:
+        return found
+    untimed = f"verdicts, and responses of up to {JUDGED_TOKENS} tokens, come on top"
+    return replace(found, not_measured={**found.not_measured, "judges": untimed})
 
 
 class _Estimator:

@@ -14,7 +14,10 @@ from durometer.core.errors import DurometerError, InputError, NotApplicableError
 from durometer.core.seeds import Seeds
 from durometer.core.training import Update
 from durometer.domains.base import Domain, Item, Role, Split
-from durometer.measures.base import measure_registry, sample, thin
+from durometer.judges.base import JudgeError
+from durometer.judges.panel import Panel
+from durometer.measures.base import ItemRecord, measure_registry, sample, thin
+from durometer.measures.judged import judged_outcomes
 from durometer.subjects.base import Subject
 from durometer.tampers.base import Checkpoint, Realised, Tamper, make_tamper
 from durometer.trials.analysis import BreakRule
@@ -130,6 +133,7 @@ class TrialRunner:
         plan: what is measured where.
         observer: told of progress.
         measures: further measures, taken wherever report items are measured.
+        panel: the judges of responses without accepted answers.
     """
 
     def __init__(
@@ -139,8 +143,9 @@ class TrialRunner:
         plan: MeasuringPlan,
         observer: Observer,
         measures: Sequence[str] = (),
+        panel: Panel | None = None,
     ) -> None:
-        self._subject, self._domain = subject, domain
+        self._subject, self._domain, self._panel = subject, domain, panel
         self._plan, self._observer = plan, observer
         self._measures = measures
 
@@ -153,7 +158,7 @@ class TrialRunner:
 
         Raises:
             RestoreError: the subject was not restored; the campaign must end.
-            StorageError, KeyboardInterrupt: passed on.
+            StorageError, JudgeError, KeyboardInterrupt: passed on.
         """
         seeds = Seeds.derive(spec.seed)
         record = TrialRecord(key, spec, "done", seeds=seeds.as_dict(), control=control)
@@ -162,7 +167,7 @@ class TrialRunner:
         self._observer.started(spec, self._subject.name)
         try:
             realised = self._attack(spec, seeds, record, rule)
-        except (RestoreError, StorageError):
+        except (RestoreError, StorageError, JudgeError):
             raise
         except (NotApplicableError, InputError) as error:
             record.status, record.reason = "not_applicable", str(error)
@@ -246,13 +251,18 @@ class TrialRunner:
     def _probe(self, look: Look) -> list[dict[str, Any]]:
         found = []
         for probe in probes(self._domain, self._plan, look, self._measures):
-            run = measure_registry.get(probe.measure).run
-            records = run(self._subject, self._domain, probe.items)
+            records = self._records(probe)
             if look == "further" and any(item.probe != probe.measure for item in records):
                 # Records under another measure's name would enter its rates.
                 raise ValueError(f"measure '{probe.measure}' gave records of another probe")
             found += [item.as_dict() for item in records]
         return found
+
+    def _records(self, probe: Probe) -> list[ItemRecord]:
+        if probe.measure == "outcomes" and self._panel is not None:
+            return judged_outcomes(self._subject, self._domain, probe.items, self._panel)
+        run = measure_registry.get(probe.measure).run
+        return run(self._subject, self._domain, probe.items)
 
     def _enough(self, checkpoint: CheckpointRecord, rule: BreakRule | None) -> bool:
         if rule is None or not self._plan.stop_when_broke:
