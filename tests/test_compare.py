@@ -605,6 +605,14 @@ def test_an_unchanged_model_is_a_control_with_nothing_to_break(
     assert "Not ranked" not in shown(alone, 120)
 
 
+def test_an_unchanged_model_that_refuses_already_is_a_control_too(tmp_path: Path) -> None:
+    recorded(tmp_path / "noop", "noop", "0", "0")
+    idle(tmp_path / "noop" / "stress", "0", undefended="0", right=2)
+    (row,) = build_comparison([tmp_path / "noop"])["controls"]
+    assert (row["name"], row["nothing_to_break"]) == ("noop", True)
+    assert row["zero_step"]["success"]["rate"] == pytest.approx(0.05)
+
+
 def test_other_runs_without_an_attack_are_refused(tmp_path: Path) -> None:
     recorded(tmp_path / "sft", "plain_sft", "a", "0")
     changed = idle(tmp_path / "sft" / "stress", "a", undefended="0")

@@ -150,9 +150,11 @@ def _require_measured(run: Read) -> None:
     """
     if run.summary["complete"] and run.attacked:
         return
+    if not run.attacked and _has_undefended_weights(run):
+        return
     if run.attacked or not _gives_answers(run):
         raise _unfinished(run.folder)
-    if not _is_undefended(run):
+    if not run.facts("subject").get("unchanged"):
         raise InputError(
             f"{run.folder}: the model gives the restricted answers before any attack, so that "
             "there was nothing to break, and it is not known to equal the undefended model; "
@@ -169,11 +171,14 @@ def _gives_answers(run: Read) -> bool:
     return own is not None and own["rate"] - chance > SAFEGUARDED_SHARE * max(most, 0.0)
 
 
-def _is_undefended(run: Read) -> bool:
-    """Say whether the run or the model's record tells that its weights are the undefended ones."""
-    own = run.summary["subject"]["fingerprint"]
-    other = (run.summary["undefended"] or {}).get("subject") or {}
-    return other.get("fingerprint") == own or bool(run.facts("subject").get("unchanged"))
+def _has_undefended_weights(run: Read) -> bool:
+    """Say whether the run measured its subject and an undefended one of the same weights.
+
+    Such a run ends there, whatever the two answer: that base may refuse already.
+    """
+    without = (run.summary["undefended"] or {}).get("subject") or {}
+    same = without.get("fingerprint") == run.summary["subject"]["fingerprint"]
+    return run.start is not None and same
 
 
 def _unfinished(folder: Path) -> InputError:
