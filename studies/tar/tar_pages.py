@@ -63,6 +63,11 @@ def times(found: Json, *, grid: bool = True) -> str:
     return f"> {decimal(found['low'])}" if "low" in found else found["reason"]
 
 
+def counted(count: int, name: str) -> str:
+    """Return ``1 seed``, ``3 seeds``."""
+    return f"{count} {name}{'s' * (count != 1)}"
+
+
 def percent(share: float | None) -> str:
     """Return a share in per cent."""
     return DASH if share is None else f"{decimal(100 * share)} %"
@@ -140,8 +145,9 @@ def _factor_lines(summary: Json, kind: str) -> Iterable[str]:
         yield (
             f"**{kind.capitalize()}**: until the strongest of "
             f"{len(summary[part]['adversaries'])} adversaries has half of what is restricted back "
-            f"from TAR, and from `{PLAIN[kind]}`, which it starts from ({limits['seeds']} attack "
-            f"seeds, at most {limits['cap']:,} updates), {'; '.join(told)}. "
+            f"from TAR, and from `{PLAIN[kind]}`, which it starts from "
+            f"({counted(limits['seeds'], 'attack seed')}, at most {limits['cap']:,} updates), "
+            f"{'; '.join(told)}. "
             f"{_price(tar)}"
         )
         return
@@ -170,8 +176,8 @@ def _price(found: Json) -> str:
 
 def _part(found: Json, part: str, kind: str, limits: Json) -> Iterable[str]:
     yield (
-        f"{limits['seeds']} attack seeds an adversary, at most {limits['cap']:,} updates, "
-        f"{limits['training_seeds']} training seed{'s' * (limits['training_seeds'] > 1)}."
+        f"{counted(limits['seeds'], 'attack seed')} an adversary, at most {limits['cap']:,} "
+        f"updates, {counted(limits['training_seeds'], 'training seed')}."
     )
     yield picture(f"tar_{part}_{kind}", f"Worst-case budgets, {part}, {kind}")
     rows = [r for r in found["rows"] if r["kind"] == kind]
