@@ -5,11 +5,10 @@ import json
 import math
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import benchmark_files as made
 import huggingface_hub
 import huggingface_hub.constants
 import jsonschema
+import loopback
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -791,35 +791,10 @@ def entry(path: str, body: bytes) -> dict[str, Any]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    served = Hub({})
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            served.answer(self, with_body=True)
-
-        def do_HEAD(self) -> None:
-            served.answer(self, with_body=False)
-
-        def log_message(self, *_: Any) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    found = Hub({})
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    huggingface_hub.close_session()
-    yield served
-    huggingface_hub.close_session()
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with loopback.hub_served(found.answer, tmp_path / "cache", monkeypatch):
+        yield found
 
 
 def serve(hub: Hub, name: str, root: Path) -> str:

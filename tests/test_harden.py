@@ -249,6 +249,29 @@ def test_biases_of_a_stage_are_there_after_a_kill_in_a_later_one(
     assert subject.fingerprint == whole["fingerprint"]
 
 
+def test_a_stage_of_other_weights_is_not_taken_over(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """A weight that is not there to be copied into would be lost without a word."""
+    given = {"safeguard": f"random_mapping:{FAST},plain_sft:steps=4"}
+    keep = checkpoint.CheckpointFile.save
+
+    def more(self: Any, tensors: Any, state: Any) -> None:
+        keep(self, {**tensors, "model.extra.weight": torch.ones(1)}, state)
+
+    def kill(self: Any, report: Report) -> None:
+        if report.update.step == 1 and (tmp_path / "o" / "work" / "stage-0.safetensors").exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.CheckpointFile, "save", more)
+        patch.setattr(hardening.HardenProgress, "trained", kill)
+        assert main(words(files, tmp_path / "o", **given)) == 130
+    capsys.readouterr()
+    assert main(words(files, tmp_path / "o", "--resume", **given)) == 2
+    assert "weights of another model (model.extra.weight)" in capsys.readouterr().err
+
+
 def test_noop_is_the_subject_bit_for_bit(files: Files, tmp_path: Path) -> None:
     assert main(words(files, tmp_path / "o", safeguard="noop")) == 0
     record = read_record(tmp_path / "o")

@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import cli_world
 import huggingface_hub.constants
+import loopback
 import pytest
 import tiny_world
 
@@ -29,24 +29,8 @@ class Hub:
     """
 
     repos: dict[str, dict[str, bytes]]
-    address: str = ""
     limit: int | None = None
     asked: list[str] = field(default_factory=list)
-
-    def handler(self) -> type[BaseHTTPRequestHandler]:
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                hub.answer(self, with_body=True)
-
-            def do_HEAD(self) -> None:
-                hub.answer(self, with_body=False)
-
-            def log_message(self, *_: Any) -> None:
-                """Say nothing."""
-
-        return Handler
 
     def answer(self, request: BaseHTTPRequestHandler, *, with_body: bool) -> None:
         path = request.path.partition("?")[0]
@@ -113,23 +97,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture
 def hub(model: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     pickled = {n: b for n, b in model.items() if not n.endswith(".safetensors")}
-    served = Hub({"org/tiny": model, "org/pickled": pickled})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), served.handler())
-    served.address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", served.address)
-    template = f"{served.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    huggingface_hub.close_session()
-    yield served
-    huggingface_hub.close_session()
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    found = Hub({"org/tiny": model, "org/pickled": pickled})
+    with loopback.hub_served(found.answer, tmp_path / "hub", monkeypatch):
+        yield found
 
 
 def test_a_hub_id_is_loaded_and_its_revision_pinned(hub: Hub) -> None:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from durometer.console import show
-from durometer.core.errors import ExitCode, InputError
-from durometer.core.files import replace_file
+from durometer.core.errors import ExitCode
 from durometer.report.comparison import build_comparison
 from durometer.report.comparison_html import render_comparison
 from durometer.report.comparison_terminal import comparison_table
-from durometer.trials.store import storage_error
+from durometer.report.output import output_folder, write_output
 
-DATA, PAGE = "comparison.json", "comparison.html"
+NAME = "comparison"
 
 
 @dataclass(frozen=True)
@@ -45,23 +44,11 @@ def compare(
         StorageError: ``out`` cannot be written.
     """
     named = [folders] if isinstance(folders, str | Path) else list(folders)
-    folder = Path(out).expanduser() if out is not None else None
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: not a folder; name another --out")
+    folder = output_folder(out)
     data = build_comparison([Path(one).expanduser() for one in named])
     if folder is not None:
-        _write(data, folder)
+        write_output(folder, NAME, data, render_comparison(data))
     return Comparison(data, folder)
-
-
-def _write(data: dict[str, Any], folder: Path) -> None:
-    page = render_comparison(data)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / DATA, iter([json.dumps(data, indent=2), "\n"]))
-        replace_file(folder / PAGE, iter([page]))
-    except OSError as error:
-        raise storage_error(folder, error) from error
 
 
 def run(folders: Sequence[Path], out: Path | None, *, as_json: bool) -> int:
@@ -72,5 +59,5 @@ def run(folders: Sequence[Path], out: Path | None, *, as_json: bool) -> int:
         return ExitCode.COMPLETE
     show(comparison_table(made.data))
     if made.folder is not None:
-        print(f"page: {made.folder / PAGE}")
+        print(f"page: {made.folder / NAME}.html")
     return ExitCode.COMPLETE

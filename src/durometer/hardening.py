@@ -33,6 +33,7 @@ from durometer.safeguards.place import is_begun, is_finished
 from durometer.safeguards.train import Report
 from durometer.subjects.base import Subject
 from durometer.subjects.load import DtypeName, load_subject
+from durometer.subjects.record import facts_in
 from durometer.trials.campaign import Request
 from durometer.trials.store import FILE
 from durometer.trials.suites import make_suite
@@ -141,8 +142,7 @@ def _plain_control(request: HardenRequest, made: Hardened, progress: HardenProgr
     """Train the plain safeguard of the same kind beside the result, if it is not there."""
     plain = PLAIN[made.record["domain"]["kind"]]
     names = [stage["name"] for stage in made.record["safeguards"]]
-    unchanged = made.record["fingerprint"] == made.record["base"]["fingerprint"]
-    if made.record["reference"] or names == [plain] or unchanged:
+    if made.record["reference"] or names == [plain] or facts_in(made.record)["unchanged"]:
         return
     place = made.folder / REFERENCE
     if not is_finished(place):

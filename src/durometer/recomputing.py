@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from durometer.console import show
-from durometer.core.errors import ExitCode, InputError, StorageError
-from durometer.core.files import replace_file
+from durometer.core.errors import ExitCode, InputError
 from durometer.headlines.options import typed_columns, typed_headlines
 from durometer.headlines.read import read_table
 from durometer.headlines.result import check_headlines
 from durometer.headlines.settings import Kind, Settings, read_settings, with_scorers
 from durometer.headlines.shipped import shipped_or_named
+from durometer.report.output import output_folder, write_output
 
-DATA, PAGE = "recompute.json", "recompute.html"
+NAME = "recompute"
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ def recompute(
             f"{path.name}: no headline to check; give --rate ARM=FIGURE, --difference "
             f"BEFORE,AFTER=FIGURE or a file with --headlines (arms: {arms})"
         )
-    folder = Path(out).expanduser() if out is not None else None
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: not a folder; name another --out")
+    folder = output_folder(out)
     made = Recomputation(check_headlines(table, settings, path.name), folder)
     if folder is not None:
-        _write(made.data, folder)
+        from durometer.report.recompute_html import render_recomputation
+
+        write_output(folder, NAME, made.data, render_recomputation(made.data))
     return made
 
 
@@ -115,21 +115,6 @@ def _settings(path: Path, headlines: str | Path | Sequence[Mapping[str, Any]]) -
     if headlines:
         return Settings().changed(headline=[dict(one) for one in headlines])
     return read_settings(beside) if beside.is_file() else Settings()
-
-
-def _write(data: dict[str, Any], folder: Path) -> None:
-    from durometer.report.recompute_html import render_recomputation
-
-    page = render_recomputation(data)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / DATA, iter([json.dumps(data, indent=2), "\n"]))
-        replace_file(folder / PAGE, iter([page]))
-    except OSError as error:
-        raise StorageError(
-            f"{folder}: {error.strerror or error}; free some space or name a writable folder with "
-            "--out"
-        ) from error
 
 
 def run(
@@ -144,5 +129,5 @@ def run(
         return made.exit_code()
     show(recomputation_table(made.data))
     if made.folder is not None:
-        print(f"page: {made.folder / PAGE}")
+        print(f"page: {made.folder / NAME}.html")
     return made.exit_code()

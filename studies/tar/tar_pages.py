@@ -99,7 +99,7 @@ def section(summary: Json, name: str) -> str:
     if part in own:
         return own[part](found)
     if part == "ablations":
-        return _ablations(found)
+        return "\n\n".join([_extent(summary["limits"][part]), _ablations(found)])
     if not [r for r in found["rows"] if r["kind"] == kind]:
         return NOT_RUN
     limits = summary["limits"][part]
@@ -175,10 +175,7 @@ def _price(found: Json) -> str:
 
 
 def _part(found: Json, part: str, kind: str, limits: Json) -> Iterable[str]:
-    yield (
-        f"{counted(limits['seeds'], 'attack seed')} an adversary, at most {limits['cap']:,} "
-        f"updates, {counted(limits['training_seeds'], 'training seed')}."
-    )
+    yield _extent(limits)
     yield picture(f"tar_{part}_{kind}", f"Worst-case budgets, {part}, {kind}")
     rows = [r for r in found["rows"] if r["kind"] == kind]
     yield _safeguards(rows, kind)
@@ -193,6 +190,15 @@ def _part(found: Json, part: str, kind: str, limits: Json) -> Iterable[str]:
     if own:
         yield "Worst case by training seed (without a limit / within it):"
         yield _training_seeds(own)
+
+
+def _extent(limits: Json) -> str:
+    """Return how much of a part was run."""
+    told = (
+        f"{counted(limits['seeds'], 'attack seed')} an adversary, at most {limits['cap']:,} "
+        f"updates, {counted(limits['training_seeds'], 'training seed')}."
+    )
+    return told + (" Others were left out so far." if limits.get("safeguards") else "")
 
 
 def _safeguards(rows: Sequence[Json], kind: str) -> str:

@@ -84,7 +84,7 @@ def _stages(model: Model) -> list[Safeguard[Any]]:
 def trained_against(model: Model) -> tuple[str, ...]:
     """Return the digests of the attacks that a model is trained against."""
     stages = [] if model.builtin else _stages(model)
-    return tuple(digest for s in stages for digest in s.facts().get("trained_against", []))
+    return tuple(digest for stage in stages for digest in stage.trained_against())
 
 
 @cache

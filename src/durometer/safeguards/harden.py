@@ -386,7 +386,11 @@ class _Hardening:
         for name in tensors:  # biases that an earlier stage made
             if name.endswith(".bias") and name not in dict(model.named_parameters()):
                 give_biases(model, name.removesuffix(".bias"))
-        for name, parameter in model.named_parameters():
+        own = dict(model.named_parameters())
+        if own.keys() != tensors.keys():  # what is not copied would be lost without a word
+            other = min(own.keys() ^ tensors.keys())
+            raise InputError(f"{file}: weights of another model ({other}); name another --out")
+        for name, parameter in own.items():
             parameter.copy_(tensors[name])
         self._ran = state["ran"]
 

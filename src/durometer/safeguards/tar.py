@@ -56,8 +56,8 @@ class TarSettings(InnerSettings):
     )
     tokens: Literal["labels", "all"] = setting(
         "labels",
-        "where the tamper-resistance loss is taken: at the tokens of the answer, or at all tokens "
-        "of a restricted row (the released code)",
+        "where a tamper-resistance loss other than DPO is taken: at the tokens of the answer, or "
+        "at all tokens of a restricted row (the released code)",
     )
     entropy_floor: float = setting(
         0.0,
@@ -203,7 +203,7 @@ class Tar(AgainstAttacks[TarSettings]):
     def pools(self, data: DefenceData) -> Mapping[str, list[Unit]]:
         """Return the held-out rows with all tokens as labels, and the rows to be recombined."""
         pools = {ANCHORS: data.pool("retain")} if self.settings.anchor else {}
-        if self.settings.tokens == "all" and self.settings.tamper_resistance:
+        if self.settings.tamper_resistance and resistance(self.settings).rows == ALL_TOKENS:
             held_out = data.pool(HELD_OUT)
             pools[ALL_TOKENS] = [tuple(replace(r, first_label=1) for r in u) for u in held_out]
         return pools

@@ -4,7 +4,6 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from durometer.measures.base import NOT_FINITE, measure_registry
 from durometer.measures.outcomes import Outcome
 from durometer.subjects.base import Subject
 from durometer.subjects.load import DtypeName, load_subject
-from durometer.subjects.record import facts_of, read_record
+from durometer.subjects.record import facts_of
 from durometer.tampers.base import make_tamper, tamper_registry
 from durometer.trials.analysis import (
     BreakRule,
@@ -378,18 +377,11 @@ def load_roles(request: Request) -> dict[SubjectRole, Subject]:
         if loaded.fingerprint == subject.fingerprint:
             if role == "reference":
                 continue
-            if request.undefended and not _is_unchanged(subject):
+            known = facts_of(subject.source, subject.fingerprint, subject.dtype)
+            if request.undefended and not known.get("unchanged"):
                 raise InputError(f"--undefended {spec}: the same weights as the subject's")
         roles[role] = loaded
     return roles
-
-
-def _is_unchanged(subject: Subject) -> bool:
-    """Say whether the subject's record has the weights as what it was made from."""
-    if subject.source.kind != "folder":
-        return False
-    base = read_record(Path(subject.source.location)).get("base")
-    return isinstance(base, dict) and base.get("fingerprint") == subject.fingerprint
 
 
 def chosen_suite(request: Request, parameters: int) -> Suite:
