@@ -300,6 +300,19 @@ def test_resuming_runs_nothing_twice(complete: Campaign, monkeypatch: pytest.Mon
     assert after == before
 
 
+def test_controls_of_another_run_are_not_run_again(complete: Campaign, tmp_path: Path) -> None:
+    log = Log()
+    again = make_campaign(tmp_path / "run", observer=log)
+    again.store.lend_from([complete.store.folder])
+    again.run()
+    assert log.ran == []
+    own = [record for record in complete.records if record.spec.role != "reference"]
+    assert plain(again.records) == plain(own)
+    complete.store.folder.rename(tmp_path / "gone")  # what was taken over is here now
+    assert plain(list(Store.open(tmp_path / "run").trials())) == plain(own)
+    (tmp_path / "gone").rename(complete.store.folder)
+
+
 @pytest.mark.parametrize("stop_after", [2, 3, 4])
 def test_an_interrupted_campaign_says_so_and_goes_on(tmp_path: Path, stop_after: int) -> None:
     """Two zero-step controls, a control attack, an attack, a fresh seed."""

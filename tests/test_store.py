@@ -66,6 +66,23 @@ def test_a_key_is_written_once(store: Store) -> None:
     assert list(store.trials()) == [first]
 
 
+def test_a_finished_trial_of_another_run_is_taken_over(store: Store, tmp_path: Path) -> None:
+    lender = Store(tmp_path / "lender")
+    done, failed = example(1), example(2, status="errored")
+    lender.add(done)
+    lender.add(failed)
+    lender.close()
+    assert store.borrow(done.key) is None
+    store.lend_from([lender.folder])
+    assert store.borrow(done.key) == store.get(done.key) == done
+    assert store.borrow(failed.key) is store.borrow("other") is None
+
+
+def test_a_folder_without_a_run_lends_nothing(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run here"):
+        store.lend_from([tmp_path])
+
+
 def test_statuses_are_counted(store: Store) -> None:
     for seed, status in enumerate(STATUSES):
         store.add(example(seed, status))

@@ -104,6 +104,7 @@ def stress(
     measures: tuple[str, ...] = (),
     judges: tuple[str, ...] = (),
     resume: bool = False,
+    reuse: Sequence[Path | str] = (),
     dtype: DtypeName = "auto",
     device: str = "auto",
     observer: Observer | None = None,
@@ -123,6 +124,8 @@ def stress(
         measures: registered measures to take as well (``extraction``), where report items are.
         judges: ``NAME[:KEY=VALUE,...]`` of one judge or two, for prompts without accepted answers.
         resume: run only what is missing in ``out``.
+        reuse: other run folders whose finished trials are taken over where they are the same ones
+            (the same controls on the same subjects, by everything that shapes a result).
         dtype: number format to compute in.
         device: where to compute.
         observer: told how the campaign goes on.
@@ -144,11 +147,17 @@ def stress(
         measures,
         judges,
     )
-    return run_campaign(request, Path(out), resume=resume, observer=observer)
+    lenders = [Path(folder) for folder in reuse]
+    return run_campaign(request, Path(out), resume=resume, reuse=lenders, observer=observer)
 
 
 def run_campaign(
-    request: Request, folder: Path, *, resume: bool = False, observer: Observer | None = None
+    request: Request,
+    folder: Path,
+    *,
+    resume: bool = False,
+    reuse: Sequence[Path] = (),
+    observer: Observer | None = None,
 ) -> CampaignResult:
     """Carry out ``request`` in the run folder ``folder``; see ``stress``."""
     store = Store(folder)
@@ -158,6 +167,7 @@ def run_campaign(
                 f"{folder}: holds a run already; go on with --resume or name another --out"
             )
         store.forget(("errored", "out_of_memory"))
+        store.lend_from(reuse)
         campaign = Campaign.prepare(request, store, observer or SilentObserver())
         for note in dict.fromkeys(_notes(campaign)):
             logger.warning(note)

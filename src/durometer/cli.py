@@ -132,6 +132,15 @@ Config = Annotated[
     ),
 ]
 
+Reuse = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="DIR",
+        help="Another run whose finished trials stand for the same ones here (controls, the same "
+        "subject). May be repeated.",
+    ),
+]
+
 
 @app.command(epilog=EPILOG)
 def stress(
@@ -152,6 +161,7 @@ def stress(
     threads: Threads = None,
     out: Out = None,
     resume: Resume = False,
+    reuse: Reuse = None,
     json: Json = False,
     config: Config = None,
 ) -> int:
@@ -176,7 +186,9 @@ def stress(
     folder = commands.run_folder(request, out, resume=resume)
     if dry_run:
         return commands.dry_run(request, folder, as_json=json)
-    return commands.run_stress(request, folder, resume=resume, fail_on=fail_on, as_json=json)
+    return commands.run_stress(
+        request, folder, resume=resume, reuse=reuse or (), fail_on=fail_on, as_json=json
+    )
 
 
 @app.command("screen-quantisation", epilog=EPILOG)

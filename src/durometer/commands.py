@@ -75,6 +75,7 @@ def run_stress(
     folder: Path,
     *,
     resume: bool,
+    reuse: Sequence[Path] = (),
     fail_on: Condition | None,
     as_json: bool,
     progress: CampaignProgress | None = None,
@@ -84,7 +85,9 @@ def run_stress(
     try:
         with interruptible():
             with progress:
-                result = run_campaign(request, folder, resume=resume, observer=progress)
+                result = run_campaign(
+                    request, folder, resume=resume, reuse=reuse, observer=progress
+                )
             show_result(result, as_json=as_json)
     except KeyboardInterrupt:
         if (folder / FILE).exists():

@@ -49,7 +49,7 @@ ENTRIES = (
     Entry("knowledge", "rep_select", EDIT, dtype="float32"),
     Entry("knowledge", "tar", dtype="float32"),
     Entry("knowledge", "plain_sft", SFT, role="control"),
-    Entry("refusal", "refusal", role="reference"),
+    Entry("refusal", "refusal", role="reference", attacked=False),
     Entry("refusal", "circuit_breakers", "batch_size=8"),
     Entry("refusal", "tar", dtype="float32"),
 )

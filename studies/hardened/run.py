@@ -23,6 +23,7 @@ import hardened_summary
 from hardened_plan import DOMAIN, ENTRIES, SEED, SUBJECT, Entry, chosen, reference_of
 
 from durometer.subjects.record import RECORD, read_record
+from durometer.trials.store import FILE
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
@@ -114,7 +115,14 @@ class Study:
         if self.seeds is not None:
             words += ["--seeds", str(self.seeds)]
         words += [word for text in self.tampers for word in ("--tamper", text)]
-        self._carry_out(entry, [*words, "--out", str(folder / hardened_rows.STRESS), "--resume"])
+        own = folder / hardened_rows.STRESS
+        words += [word for run in self._runs() if run != own for word in ("--reuse", str(run))]
+        self._carry_out(entry, [*words, "--out", str(own), "--resume"])
+
+    def _runs(self) -> list[Path]:
+        """Return the runs that there are: they lend the trials of the subjects they share."""
+        runs = (self.folder(entry) / hardened_rows.STRESS for entry in self.entries)
+        return [run for run in runs if (run / FILE).is_file()]
 
     def _carry_out(self, entry: Entry, words: Sequence[str]) -> None:
         print(f"durometer {' '.join(words)}", file=sys.stderr, flush=True)

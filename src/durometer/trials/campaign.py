@@ -225,7 +225,7 @@ class Campaign:
     def _trial(self, spec: TrialSpec, rule: BreakRule | None) -> TrialRecord:
         subject = self.subjects[spec.role]
         key = spec.key(self._context(subject, rule))
-        found = self.store.get(key)
+        found = self.store.get(key) or self.store.borrow(key)
         if found is None:
             control = self.baselines[spec.role].key if spec.role in self.baselines else ""
             runner = TrialRunner(

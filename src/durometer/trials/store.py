@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from durometer.core.errors import InputError, StorageError
-from durometer.trials.record import TrialRecord
+from durometer.trials.record import COUNTED, TrialRecord
 
 FILE = "trials.sqlite"
 SCHEMA_VERSION = 1
@@ -37,6 +37,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._lenders: tuple[Path, ...] = ()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(folder / FILE, isolation_level=None)
@@ -101,6 +102,33 @@ class Store:
         """Return the trial with ``key``, or None."""
         rows = self._read("select record from trials where key = ?", key)
         return self._decode(rows[0][0]) if rows else None
+
+    def lend_from(self, folders: Sequence[Path]) -> None:
+        """Name other runs whose finished trials may stand for the same ones here.
+
+        Raises:
+            InputError: one of the folders holds no run.
+        """
+        for folder in folders:
+            self.open(folder).close()
+        self._lenders = tuple(folders)
+
+    def borrow(self, key: str) -> TrialRecord | None:
+        """Take over the trial with ``key`` from the first run that has it finished, or None.
+
+        A key is a hash of everything that shapes a result, so the trial is the same. It is copied:
+        this run needs the other no more.
+        """
+        for folder in self._lenders:
+            lender = self.open(folder)
+            try:
+                record = lender.get(key)
+            finally:
+                lender.close()
+            if record is not None and record.status in COUNTED:
+                self.add(record)
+                return record
+        return None
 
     def trials(self) -> Iterator[TrialRecord]:
         """Yield the trials in the order in which they were written.
