@@ -49,10 +49,11 @@ class TarSettings(InnerSettings):
         search=Levels((0.25, 1.0, 4.0, 16.0)),
         ge=0,
     )
-    loss: Literal["auto", "entropy", "cross_entropy", "dpo"] = setting(
+    loss: Literal["auto", "entropy", "uniform", "cross_entropy", "dpo"] = setting(
         "auto",
-        "tamper-resistance loss on held-out restricted rows under attack: minus the entropy, minus "
-        "the cross-entropy, or preferring refusals (DPO); auto: entropy for knowledge, else DPO",
+        "tamper-resistance loss on held-out restricted rows under attack: minus the entropy, the "
+        "divergence of a uniform guess from the prediction (durometer's own), minus the "
+        "cross-entropy, or preferring refusals (DPO); auto: entropy for knowledge, else DPO",
     )
     tokens: Literal["labels", "all"] = setting(
         "labels",
@@ -258,10 +259,10 @@ def away_rows(settings: TarSettings) -> str:
 
 
 def away_from(settings: TarSettings) -> Callable[[Pass], torch.Tensor]:
-    """Return the tamper-resistance loss of each label: minus its entropy, or its cross-entropy."""
+    """Return the tamper-resistance loss of each label."""
     if settings.loss == "cross_entropy":
         return lambda one: -one.cross_entropy()
-    return lambda one: -one.entropy()
+    return Pass.unevenness if settings.loss == "uniform" else lambda one: -one.entropy()
 
 
 def preferred(one: Pass) -> torch.Tensor:
