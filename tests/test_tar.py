@@ -24,7 +24,7 @@ from durometer.safeguards.attacks import (
 )
 from durometer.safeguards.banks import perturbed
 from durometer.safeguards.base import Visit, make_safeguard
-from durometer.safeguards.inner import drawn, possible, visit_weights
+from durometer.safeguards.inner import combinations, dealt, drawn, possible, visit_weights
 from durometer.safeguards.passes import Reference, passes
 from durometer.subjects.fingerprint import weights_fingerprint
 from durometer.trials.suites import SUITES, make_suite
@@ -195,6 +195,32 @@ def test_all_adversaries_and_rates_are_drawn() -> None:
     wanted = {(a, r) for a in settings.adversaries for r in settings.inner_rates}
     assert found == wanted
     assert len(possible(settings)) == len(wanted)
+
+
+def test_dealt_attacks_come_equally_often_and_in_another_order_every_time() -> None:
+    rates = (3e-3, 3e-3, 1e-3)  # named twice is drawn twice as often
+    settings = make_safeguard("tar", "tiny", draws="dealt", inner_rates=rates).settings
+    cards = sorted(combinations(settings))
+    assert len(cards) == 9
+    turns = [dealt(settings, turn, lambda deal: 7 + deal) for turn in range(27)]
+    deals = [turns[:9], turns[9:18], turns[18:]]
+    assert all(sorted(deal) == cards for deal in deals)
+    assert len({tuple(deal) for deal in deals}) == 3
+    assert len(possible(settings)) == 6
+
+
+def test_training_deals_one_attack_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+    plain = AttackRunner.run
+
+    def noted(runner: AttackRunner, attack: InnerAttack, seed: int) -> Any:
+        seen.append((attack.adversary, attack.learning_rate))
+        return plain(runner, attack, seed)
+
+    monkeypatch.setattr(AttackRunner, "run", noted)
+    given = {"adversaries": "restricted+mix", "inner_rates": "1e-3+2e-3+3e-3"}
+    world.trained(world.short("tar", steps=12, refresh=2, draws="dealt", anchor=0.0, **given))
+    assert len(seen) == len(set(seen)) == 6
 
 
 # ---- losses ------------------------------------------------------------------------------------

@@ -31,7 +31,10 @@ ADAPTIVE = {"inflate": ("rescale, then full 3e-4",)}
 SPECIAL = {"norm_noise": "norm_noise:like={tar}"}
 # TAR with the terms of its paper alone, at the distance that suits them.
 PAPER = "tar (paper's terms)"
-PAPER_SETTINGS = {"anchor": 0.0, "representation": 5.0}
+INDEPENDENT_DRAWS = {"draws": "independent"}
+PAPER_SETTINGS = {"anchor": 0.0, "representation": 5.0, **INDEPENDENT_DRAWS}
+# TAR but for how its inner attacks are drawn: what dealing them is worth.
+DRAWN = "tar (attacks drawn independently)"
 SEED = 7
 UNDEFENDED_SEEDS = (1, 2)
 
@@ -112,6 +115,11 @@ def paper_model(kind: str, seed: int = SEED) -> Model:
     return replace(tar_model(kind, seed, **PAPER_SETTINGS), label=PAPER)
 
 
+def drawn_model(kind: str, seed: int = SEED) -> Model:
+    """Return TAR whose inner attacks are drawn each by itself, as in its paper."""
+    return replace(tar_model(kind, seed, **INDEPENDENT_DRAWS), label=DRAWN)
+
+
 def plain_model(kind: str, seed: int = SEED) -> Model:
     """Return the safeguard that TAR starts from."""
     return Model(PLAIN[kind], kind, PLAIN[kind], seed=seed)
@@ -152,6 +160,7 @@ def ablations(kind: str) -> dict[str, dict[str, Model]]:
             f"{value:g}": tar_model(kind, representation=value, anchor=value)
             for value in (1.0, tiny_tar().representation, 4.0)
         },
+        "draws of inner attacks": {"independent": drawn_model(kind), "dealt": tar_model(kind)},
         "recombined rows": {"without": paper_model(kind), "with": tar_model(kind)},
         "stages": {
             "first alone": plain_model(kind),
@@ -163,12 +172,15 @@ def ablations(kind: str) -> dict[str, dict[str, Model]]:
 
 
 def figure3_models() -> dict[str, dict[str, Model]]:
-    """Return the models of the comparison of losses, by loss and by how long they were trained."""
+    """Return the models of the comparison of losses, by loss and by how long they were trained.
+
+    Inner attacks are drawn as in the paper.
+    """
     steps = tiny_tar().steps
     found = {
         loss: {
-            "early": tar_model("knowledge", loss=loss, steps=steps // 4),
-            "late": tar_model("knowledge", loss=loss),
+            "early": tar_model("knowledge", loss=loss, steps=steps // 4, **INDEPENDENT_DRAWS),
+            "late": tar_model("knowledge", loss=loss, **INDEPENDENT_DRAWS),
         }
         for loss in ("entropy", "cross_entropy")
     }

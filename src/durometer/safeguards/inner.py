@@ -1,7 +1,8 @@
 """What safeguards share that train against inner attacks: settings, attacked points and replays."""
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,6 +24,8 @@ from durometer.safeguards.train import Step
 from durometer.subjects.base import Subject
 
 ATTACKED = "attacked"
+BETA_MEAN = 2 / 3
+Card = tuple[Adversary, InnerWeights, str, float]
 A = TypeVar("A", bound="InnerSettings")
 
 
@@ -60,6 +63,11 @@ class InnerSettings(TrainingSettings):
         "what inner attacks train, drawn with equal chances: all weights, an adapter, or a slice "
         "of the MLP matrices",
         min_length=1,
+    )
+    draws: Literal["independent", "dealt"] = setting(
+        "independent",
+        "how inner attacks are drawn: each by itself, or dealt like cards, so that every "
+        "combination of adversary, rate, optimiser and weights comes equally often in every seed",
     )
     inner_rank: int = setting(16, "rank of an inner attack's adapter", ge=1)
     inner_batch: int = setting(32, "rows of an inner batch", ge=1)
@@ -132,7 +140,7 @@ class AgainstAttacks(Safeguard[A]):
 
     def _attack(self, step: Step, number: int) -> Iterator[Visit]:
         settings = self.settings
-        attack = drawn(settings, step.random(f"attack {number}"))
+        attack = self._drawn(step, number)
         weights = visit_weights(settings)
         for update in step.attacks.run(attack, step.seed(f"attack seed {number}")):
             weight = weights.get(update.step)
@@ -141,6 +149,14 @@ class AgainstAttacks(Safeguard[A]):
             if settings.refresh > 1:
                 self._replay = [*self._replay, step.attacks.delta()][-settings.kept :]
             yield Visit(ATTACKED, weight / settings.tampers)
+
+    def _drawn(self, step: Step, number: int) -> InnerAttack:
+        settings, generator = self.settings, step.random(f"attack {number}")
+        if settings.draws == "independent":
+            return drawn(settings, generator)
+        turn = self.turn(step.number) // settings.refresh * settings.tampers + number
+        card = dealt(settings, turn, lambda deal: step.seed("deal", deal))
+        return made(settings, card, switch_point(generator))
 
     def _replayed(self, step: Step) -> Iterator[Visit]:
         """Yield one kept point of the last inner attack, moved along with the weights."""
@@ -186,40 +202,63 @@ def visit_weights(settings: InnerSettings) -> dict[int, float]:
 
 def drawn(settings: InnerSettings, generator: torch.Generator) -> InnerAttack:
     """Draw one inner attack; the switch comes after Beta(6, 3) of its updates."""
+    switch = switch_point(generator)
+    parts = (
+        values[int(torch.randint(len(values), (), generator=generator))]
+        for values in _choices(settings)
+    )
+    return made(settings, tuple(parts), switch)
 
-    def one(values: tuple[Any, ...]) -> Any:
-        return values[int(torch.randint(len(values), (), generator=generator))]
 
+def switch_point(generator: torch.Generator) -> float:
+    """Return a share of an attack's updates, from Beta(6, 3)."""
     # Beta(6, 3) is the sixth smallest of eight uniform numbers.
-    switch = float(torch.rand(8, generator=generator).sort().values[5])
+    drawn_share = float(torch.rand(8, generator=generator).sort().values[5])
+    return min(max(drawn_share, 1e-3), 1 - 1e-3)
+
+
+def combinations(settings: InnerSettings) -> list[Card]:
+    """Return every combination that may be drawn, as often as its values are named."""
+    return list(itertools.product(*_choices(settings)))
+
+
+def dealt(settings: InnerSettings, turn: int, seed: Callable[[int], int]) -> Card:
+    """Return the combination of a turn, from 0: each comes once before any comes again.
+
+    Args:
+        seed: of the order of each deal.
+    """
+    cards = combinations(settings)
+    deal, place = divmod(turn, len(cards))
+    order = torch.Generator().manual_seed(seed(deal))
+    return cards[int(torch.randperm(len(cards), generator=order)[place])]
+
+
+def possible(settings: InnerSettings) -> list[InnerAttack]:
+    """Return every inner attack that may be drawn, once, the switch at its mean."""
+    return [made(settings, card) for card in dict.fromkeys(combinations(settings))]
+
+
+def made(settings: InnerSettings, card: Card, switch: float = BETA_MEAN) -> InnerAttack:
+    """Return the inner attack of an adversary, weights, an optimiser and a rate."""
+    adversary, weights, optimizer, rate = card
     return InnerAttack(
-        one(settings.adversaries),
-        one(settings.inner_weights),
-        one(settings.inner_optimizers),
-        one(settings.inner_rates),
+        adversary,
+        weights,
+        optimizer,
+        rate,
         settings.inner_batch,
         settings.inner_steps,
-        min(max(switch, 1e-3), 1 - 1e-3),
+        switch,
         settings.inner_rank,
         settings.inner_weight_decay,
     )
 
 
-def possible(settings: InnerSettings) -> list[InnerAttack]:
-    """Return every inner attack that may be drawn, the switch at its mean."""
-    return [
-        InnerAttack(
-            adversary,
-            weights,
-            optimizer,
-            rate,
-            settings.inner_batch,
-            settings.inner_steps,
-            rank=settings.inner_rank,
-            weight_decay=settings.inner_weight_decay,
-        )
-        for adversary in dict.fromkeys(settings.adversaries)
-        for weights in dict.fromkeys(settings.inner_weights)
-        for optimizer in dict.fromkeys(settings.inner_optimizers)
-        for rate in dict.fromkeys(settings.inner_rates)
-    ]
+def _choices(settings: InnerSettings) -> tuple[tuple[Any, ...], ...]:
+    return (
+        settings.adversaries,
+        settings.inner_weights,
+        settings.inner_optimizers,
+        settings.inner_rates,
+    )

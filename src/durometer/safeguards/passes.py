@@ -1,7 +1,6 @@
 """One forward pass as loss terms see it: logits and activations at the places that count."""
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -118,14 +117,6 @@ class Pass:
     def entropy(self) -> torch.Tensor:
         """Return the entropy of the prediction of each label, nats, shape [labels]."""
         return -(self.log_probabilities.exp() * self.log_probabilities).sum(-1)
-
-    def unevenness(self) -> torch.Tensor:
-        """Return the divergence of a uniform guess from the prediction of each label, [labels].
-
-        In nats, at least 0. Unlike the entropy it has a gradient where one answer is sure.
-        """
-        logs = self.log_probabilities
-        return -logs.mean(-1) - math.log(logs.shape[-1])
 
     def row_log_likelihood(self) -> torch.Tensor:
         """Return the summed log-probability of each row's labels, shape [rows]."""

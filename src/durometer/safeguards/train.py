@@ -115,9 +115,10 @@ class Step:
         """Return the rows of this step's batch of ``pool``."""
         return [row for unit in self.units(pool) for row in unit]
 
-    def seed(self, purpose: str) -> int:
-        """Return a seed of this step's own, the same after a resume."""
-        text = f"{purpose}:{self.number}:{self._seeds.sampling}"
+    def seed(self, purpose: str, number: int | None = None) -> int:
+        """Return a seed of this step's own, or of ``number`` alone; the same after a resume."""
+        own = self.number if number is None else number
+        text = f"{purpose}:{own}:{self._seeds.sampling}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
     def random(self, purpose: str) -> torch.Generator:
