@@ -26,6 +26,7 @@ MARK = re.compile(r"^<!-- generated: (\S+)(?: (\S+))? -->$", re.MULTILINE)
 # Upper layers first; an arrow of imports goes down only. Rooms of one layer stand together.
 LAYERS = (
     ("report", "audit"),
+    ("override",),
     ("trials",),
     ("safeguards",),
     ("tampers",),
