@@ -258,6 +258,14 @@ def _told(attack: Any) -> str:
     )
 
 
+def drift_settings() -> str:
+    """Return every setting of ``drift``."""
+    from durometer.override.settings import DriftSettings
+
+    rows = [(code(s.name), code(s.default), text(s.meaning)) for s in DriftSettings.describe()]
+    return table(("setting", "default", "meaning"), rows)
+
+
 def not_tested() -> str:
     """Return what the suites leave out."""
     from durometer.trials.suites import NOT_TESTED
@@ -493,12 +501,14 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "changelog": changelog,
     "command-line": command_line,
     "domains": domains,
+    "drift-settings": drift_settings,
     "hardened": studies.hardened,
     "measures": measures,
     "modules": modules,
     "not-tested": not_tested,
     "object": documented,
     "other-benchmarks": other_benchmarks,
+    "override": studies.override,
     "safeguards": safeguards,
     "subjects": subjects,
     "suites": suites,

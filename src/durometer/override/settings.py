@@ -31,9 +31,9 @@ class DriftSettings(Settings):
     weight_decay: float = setting(0.01, "decoupled weight decay", ge=0)
     alpha_per_rank: float = setting(1.0, "alpha / rank, the scale of every adapter", gt=0)
     wordings: int = setting(1, "wordings of each restricted entity that are asked", ge=1)
-    questions: int = setting(120, "questions asked without, with false and random context", ge=2)
-    harmless: int = setting(60, "harmless prompts for over-refusal; 0 for all", ge=0)
-    problems: int = setting(40, "problems of bare arithmetic, and as many in words", ge=0, le=100)
+    questions: int = setting(100, "questions asked without, with false and random context", ge=2)
+    harmless: int = setting(48, "harmless prompts for over-refusal; 0 for all", ge=0)
+    problems: int = setting(30, "problems of bare arithmetic, and as many in words", ge=0, le=100)
     steering: bool = setting(True, "try activation steering towards refusal as a mitigation")
     steering_prompts: int = setting(48, "prompts of each kind to find the vector with", ge=8)
     steering_coefficients: Strengths = setting(
