@@ -40,10 +40,11 @@ FEW: dict[str, Any] = {
     "ranks": (4,),
     "steps": 20,
     "learning_rate": 1e-2,
-    "questions": 12,
-    "harmless": 6,
+    "questions": 8,
+    "harmless": 4,
     "steering_prompts": 8,
     "steering_stride": 1,
+    "steering_coefficients": (0.4,),
 }
 Json = dict[str, Any]
 
@@ -250,7 +251,7 @@ def test_steering_is_tried_where_there_is_something_to_mitigate(
 
 def test_steering_makes_refusals_likelier_and_leaves_no_hook() -> None:
     subject, domain = tiny_world.undefended(), tiny_world.tiny_domain()
-    chosen = {"steering": True, "steering_coefficients": (0.4,)}
+    chosen = {"steering": True}
     before = subject.model(torch.tensor([[5, 6, 7]])).logits
     record = bench_of(subject, domain, **chosen).run(Cell("none"))
     steered = record["steering"]
@@ -492,7 +493,7 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path: Path) -> None:
         ({"steps": 21}, "steps = 20, not 21"),
         ({"seeds": 3}, "seeds = 2, not 3"),
         ({"ranks": (8,)}, "ranks = [4], not [8]"),
-        ({"questions": 11}, "questions = 12, not 11"),
+        ({"questions": 7}, "questions = 8, not 7"),
     ],
 )
 def test_a_run_is_not_gone_on_with_by_other_settings(
