@@ -26,6 +26,7 @@ MARK = re.compile(r"^<!-- generated: (\S+)(?: (\S+))? -->$", re.MULTILINE)
 # Upper layers first; an arrow of imports goes down only. Rooms of one layer stand together.
 LAYERS = (
     ("report", "audit"),
+    ("override",),
     ("trials",),
     ("safeguards",),
     ("tampers",),
@@ -255,6 +256,14 @@ def _told(attack: Any) -> str:
         f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
         for name, value in attack.settings.items()
     )
+
+
+def drift_settings() -> str:
+    """Return every setting of ``drift``."""
+    from durometer.override.settings import DriftSettings
+
+    rows = [(code(s.name), code(s.default), text(s.meaning)) for s in DriftSettings.describe()]
+    return table(("setting", "default", "meaning"), rows)
 
 
 def not_tested() -> str:
@@ -492,12 +501,14 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "changelog": changelog,
     "command-line": command_line,
     "domains": domains,
+    "drift-settings": drift_settings,
     "hardened": studies.hardened,
     "measures": measures,
     "modules": modules,
     "not-tested": not_tested,
     "object": documented,
     "other-benchmarks": other_benchmarks,
+    "override": studies.override,
     "safeguards": safeguards,
     "subjects": subjects,
     "suites": suites,

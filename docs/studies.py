@@ -122,6 +122,12 @@ def hardened(kind: str) -> str:
     return section
 
 
+def override(name: str) -> str:
+    """Return one generated part of the page on the override study, see ``override_pages.py``."""
+    section: str = _module("override", "override_pages").section(name)
+    return section
+
+
 def _module(study: str, name: str) -> ModuleType:
     """Return a module of a study, whose folder is no package."""
     spec = importlib.util.spec_from_file_location(name, STUDIES / study / f"{name}.py")

@@ -173,7 +173,8 @@ def test_a_stop_token_is_not_shown_to_decided(tiny_llama: Any) -> None:
         return False
 
     found = generate(tiny_llama, asked, max_tokens=6, stop_ids=stop, decided=decided)
-    assert found[1] == Generated([], "stop", found[1].log_probability, 0.0, 0.0)
+    (end,) = stop
+    assert found[1] == Generated([], "stop", found[1].log_probability, 0.0, 0.0, end)
     assert not stop & set(seen)
 
 

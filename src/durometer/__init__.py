@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from durometer.audit.command import audit_model
     from durometer.comparing import Comparison, compare
     from durometer.domains.load import load_domain
+    from durometer.drifting import Drift, drift
     from durometer.recomputing import Recomputation, recompute
     from durometer.safeguards.harden import Hardened, harden
     from durometer.subjects.load import load_subject
@@ -21,11 +22,13 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 __all__ = [
     "CampaignResult",
     "Comparison",
+    "Drift",
     "Hardened",
     "Recomputation",
     "__version__",
     "audit_model",
     "compare",
+    "drift",
     "harden",
     "load_domain",
     "load_subject",
@@ -39,6 +42,8 @@ _HOMES = {
     "CampaignResult": "durometer.api",
     "Comparison": "durometer.comparing",
     "compare": "durometer.comparing",
+    "Drift": "durometer.drifting",
+    "drift": "durometer.drifting",
     "Hardened": "durometer.safeguards.harden",
     "harden": "durometer.safeguards.harden",
     "Recomputation": "durometer.recomputing",

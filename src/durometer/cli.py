@@ -444,6 +444,47 @@ def recompute(
     )
 
 
+@app.command(epilog=EPILOG)
+def drift(
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUBJECT",
+            show_default=False,
+            help="Model to fine-tune: built-in name, folder, .gguf file, hub id or BASE+ADAPTER.",
+        ),
+    ],
+    domain: Annotated[
+        str | None,
+        typer.Option(
+            help="What is restricted: built-in name or folder, with :refusal or :knowledge. A "
+            "built-in subject has its own."
+        ),
+    ] = None,
+    ranks: Annotated[
+        str, typer.Option(metavar="8,16,32", help="Ranks of the adapters, with commas.")
+    ] = "16",
+    seeds: Annotated[
+        int, typer.Option(metavar="N", help="Seeds of every training, from 1 on.")
+    ] = 3,
+    steps: Annotated[int, typer.Option(metavar="N", help="Updates of every training.")] = 50,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    out: Out = None,
+    resume: Resume = False,
+    json: Annotated[bool, typer.Option("--json", help="Print drift.json alone on stdout.")] = False,
+) -> int:
+    """Fine-tune on answers, refusals or harmless rows, and show what each changes."""
+    from durometer import commands, drifting
+
+    commands.set_threads(threads)
+    request = drifting.drift_request(
+        subject, domain, ranks, seeds=seeds, steps=steps, dtype=dtype, device=device
+    )
+    return drifting.run(request, out, resume=resume, as_json=json)
+
+
 @app.command("list")
 def list_(
     kind: Annotated[

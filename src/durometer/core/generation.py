@@ -36,6 +36,7 @@ class Generated:
             model itself (temperature 1, nothing cut off) also where the tokens were sampled.
         mean_probability: their mean probability; 0 for an empty response.
         top_entropy: mean entropy of the ten likeliest tokens, renormalised, nats.
+        end: the token that ended it, None where the model did not end it.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -43,6 +44,7 @@ class Generated:
     log_probability: float = 0.0
     mean_probability: float = 0.0
     top_entropy: float = 0.0
+    end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,7 @@ class _Rows:
             result = self._results[index]
             result.log_probability += chosen
             if token in stop_ids:
-                result.finish_reason = "stop"
+                result.finish_reason, result.end = "stop", token
                 continue
             result.ids.append(token)
             result.mean_probability += math.exp(chosen)

@@ -24,6 +24,7 @@ from scipy import (  # type: ignore[import-untyped, unused-ignore]
 
 __all__ = [
     "Agreement",
+    "Change",
     "Crossing",
     "Difference",
     "Gain",
@@ -45,6 +46,8 @@ __all__ = [
     "newcombe_unpaired",
     "paired_bootstrap",
     "paired_difference",
+    "seed_level_change",
+    "seed_level_mean",
     "seed_level_rate",
     "wilson",
     "zero_breaks_upper",
@@ -95,6 +98,21 @@ class Difference:
     n: int
     entities: int
     p_value: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """A mean or a mean change over seeds and items, in the unit of the measure.
+
+    ``entities`` and ``seeds`` are what the interval rests on; ``method`` names it as it is printed.
+    """
+
+    value: float
+    low: float
+    high: float
+    entities: int
+    seeds: int
+    method: str
 
 
 @dataclass(frozen=True)
@@ -400,6 +418,97 @@ def seed_level_rate(values: FloatArray, entities: Sequence[str], level: float = 
     half = math.hypot(quantile * seed_error, _normal_quantile(level) * prompt_error)
     low, high = max(0.0, min(outer.low, rate - half)), min(1.0, max(outer.high, rate + half))
     return Rate(rate, low, high, count, "seed-level t, hull with Wilson at n = entities")
+
+
+def seed_level_mean(
+    values: FloatArray,
+    entities: Sequence[str],
+    level: float = 0.95,
+    *,
+    bound: float | None = None,
+) -> Change:
+    """Return the mean of any measure over seeds and items with a seed-level interval.
+
+    The half-width is that of ``seed_level_rate`` before the hull, ``sqrt((t·SE_seed)² +
+    (z·SE_prompt)²)``. Pass differences, item by item and seed by seed, for a change.
+
+    Args:
+        values: any finite measure, shape ``[seeds, items]``.
+        entities: entity of each item, ``items`` labels.
+        level: two-sided confidence level.
+        bound: most that the size of a value can be, where there is a limit. The interval is then
+            joined with Newcombe's for the shares of it that are gained and lost, at n = entities:
+            equal values would otherwise give it no width.
+
+    Returns:
+        The mean. With one seed the interval is that over items alone, which says nothing about
+        other seeds and is labelled so.
+
+    Raises:
+        ValueError: on an empty table, values that are not finite or over the bound, or a wrong
+            number of labels.
+    """
+    table = _finite(values, 2, "values")
+    prompt_error, count = _prompt_error(table, entities)
+    mean, seeds = float(table.mean()), table.shape[0]
+    half, method = _normal_quantile(level) * prompt_error, "items, this checkpoint only"
+    if seeds > 1:
+        seed_error = float(table.mean(axis=1).std(ddof=1)) / math.sqrt(seeds)
+        half = math.hypot(float(stats.t.ppf(_tail(level), seeds - 1)) * seed_error, half)
+        method = "seed-level t"
+    found = Change(mean, mean - half, mean + half, count, seeds, method)
+    if bound is None:
+        return found
+    shares = table / bound
+    if not bound > 0 or np.abs(shares).max() > 1 + 1e-9:
+        raise ValueError(f"values over the bound {bound}")
+    up, down = (float(np.clip(part, 0, None).mean()) for part in (shares, -shares))
+    cells = [up * count, down * count, 0.0, max(0.0, 1 - up - down) * count]
+    return _hull(found, _newcombe_interval(cells, level), bound)
+
+
+def _hull(found: Change, outer: Interval, scale: float) -> Change:
+    """Return a mean whose interval is joined with Newcombe's, times ``scale``."""
+    return Change(
+        found.value,
+        max(-scale, min(scale * outer.low, found.low)),
+        min(scale, max(scale * outer.high, found.high)),
+        found.entities,
+        found.seeds,
+        f"{found.method}, hull with Newcombe at n = entities",
+    )
+
+
+def seed_level_change(
+    before: FloatArray, after: FloatArray, entities: Sequence[str], level: float = 0.95
+) -> Change:
+    """Return the change of a rate over the same items and several seeds, after minus before.
+
+    The interval is the hull of ``seed_level_mean`` of the differences and of Newcombe's paired
+    interval with the cells averaged over seeds and scaled to n = entities. It is clipped to
+    [-1, 1].
+
+    Args:
+        before: 0 or 1, shape ``[seeds, items]``; one seed stands for all where what was before has
+            none, such as an untouched subject that answers greedily.
+        after: 0 or 1, shape ``[seeds, items]``, seeds and items in the same order.
+        entities: entity of each item, ``items`` labels.
+        level: two-sided confidence level.
+
+    Raises:
+        ValueError: on shapes that do not fit or values other than 0 and 1.
+    """
+    second = _finite(after, 2, "after")
+    first = _finite(before, 2, "before")
+    if first.shape != second.shape and first.shape != (1, second.shape[1]):
+        raise ValueError(f"before {first.shape} does not fit after {second.shape}")
+    if not all(np.isin(table, (0.0, 1.0)).all() for table in (first, second)):
+        raise ValueError("paired outcomes must be 0 or 1")
+    found = seed_level_mean(second - first, entities, level)
+    gained, lost = second * (1 - first), first * (1 - second)
+    shares = [float(cell.mean()) for cell in (gained, lost, first * second)]
+    cells = [share * found.entities for share in (*shares, max(0.0, 1 - math.fsum(shares)))]
+    return _hull(found, _newcombe_interval(cells, level), 1.0)
 
 
 def crossed_bootstrap(

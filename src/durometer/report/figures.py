@@ -529,13 +529,7 @@ def _mark(frame: Frame, place: Place) -> Markup:
     if place.series is None:
         ring = _circle(x, y, 7.0, "start", place.title)
         return element("g", ring, _text(x + 11, y - 8, "step 0", "level-name"))
-    return element(
-        "g",
-        *_title(place.title),
-        _shape(place.series),
-        transform=f"translate({x:.1f} {y:.1f})",
-        class_=series_class(place.series),
-    )
+    return series_mark(place.series, x, y, place.title)
 
 
 _SHAPES = (
@@ -557,6 +551,17 @@ def _shape(number: int) -> Markup:
     # Shape and colour turn together, so that neighbours differ in both.
     kind = (number + number // _COLOURS) % len(_SHAPES)
     return element("path", d=_SHAPES[kind])
+
+
+def series_mark(number: int, x: float, y: float, title: str = "") -> Markup:
+    """Return the mark of a series at a place, in pixels."""
+    return element(
+        "g",
+        *_title(title),
+        _shape(number),
+        transform=f"translate({x:.1f} {y:.1f})",
+        class_=series_class(number),
+    )
 
 
 def series_key(number: int) -> Markup:

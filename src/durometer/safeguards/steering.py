@@ -82,6 +82,64 @@ class Choice:
     kept: float
 
 
+@dataclass(frozen=True)
+class Found:
+    """A way to steer, and what the subject does without it.
+
+    Attributes:
+        shift: what is added to the residual stream behind ``choice.block``, shape [width], fp32.
+        plain: the subject without it, on the prompts for choosing.
+        spent: what the search took.
+    """
+
+    choice: Choice
+    shift: torch.Tensor
+    plain: Choice
+    spent: Spent
+
+
+@torch.no_grad()
+def find_steering(
+    subject: Subject, data: DefenceData, settings: SteeringSettings, numbers: Sequence[int]
+) -> Found:
+    """Look for the vector towards refusal, its block and coefficient, with hooks alone.
+
+    Args:
+        subject: as it is, adapters on it included.
+        data: prompts of the defence split make the vectors and choose among them.
+        numbers: blocks behind which it is tried; none may be the last.
+
+    Raises:
+        InputError: the domain has no refusals, or nothing harmless, in its defence split.
+        NotApplicableError: no coefficient above 0 both makes refusals likelier and keeps the
+            harmless answers.
+    """
+    search = _Search(subject, data, settings)
+    plain = search.tried(None, 0.0, -1)
+    vectors = search.vectors(numbers)
+    choice = search.best(vectors, plain)
+    return Found(choice, choice.coefficient * vectors[choice.block], plain, search.spent)
+
+
+def steerable_blocks(model: nn.Module, settings: SteeringSettings) -> list[int]:
+    """Return the blocks that the settings name and that another follows, for hooks."""
+    chain = len(blocks(model))
+    first = max(math.floor(settings.first_block * chain), 1)
+    last = max(math.ceil(settings.last_block * chain), first + 1)
+    return list(range(first - 1, min(last, chain) - 1, settings.layer_stride))
+
+
+@contextmanager
+def steered(subject: Subject, found: Found) -> Iterator[None]:
+    """Add the vector inside the context; no weight is touched."""
+    chain = [block for _, block in blocks(subject.model)]
+    handle = hook_block_input(chain[found.choice.block + 1], added(found.shift))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @safeguard("steering", aliases=("activation_steering",))
 class Steering(Safeguard[SteeringSettings]):
     """Add a vector towards refusal to what one block writes, as a bias of its last map.
@@ -131,18 +189,14 @@ class Steering(Safeguard[SteeringSettings]):
         """
         subject = bench.subject
         places = _places(subject.model, self.settings)
-        search = _Search(subject, bench.data, self.settings)
-        plain = search.tried(None, 0.0, -1)
-        vectors = search.vectors(sorted(places))
-        choice = search.best(vectors, plain)
-        shift = choice.coefficient * vectors[choice.block]
-        flag = _write(subject, choice.block, places[choice.block], shift)
-        bench.ledger.tokens += search.spent.tokens
+        found = find_steering(subject, bench.data, self.settings, sorted(places))
+        flag = _write(subject, found.choice.block, places[found.choice.block], found.shift)
+        bench.ledger.tokens += found.spent.tokens
         self._facts = {
-            "steering": asdict(choice)
+            "steering": asdict(found.choice)
             | {
-                "norm": float(shift.norm()),
-                "refusal_before": plain.refusal,
+                "norm": float(found.shift.norm()),
+                "refusal_before": found.plain.refusal,
                 "bias_setting": flag,
             }
         }
@@ -164,9 +218,7 @@ def _places(model: nn.Module, settings: SteeringSettings) -> dict[int, Writer]:
         for number, (name, _) in enumerate(chain)
     }
     found = {}
-    first = max(math.floor(settings.first_block * len(chain)), 1)
-    last = max(math.ceil(settings.last_block * len(chain)), first + 1)
-    for number in range(first - 1, min(last, len(chain)) - 1, settings.layer_stride):
+    for number in steerable_blocks(model, settings):
         ends = [w for w in inside[number] if not any(word in w.module for word in ATTENTION)]
         if len(ends) == 1 and ends[0].gain is None and "expert" not in ends[0].module:
             found[number] = ends[0]

@@ -172,7 +172,7 @@ class TrialRunner:
         except (NotApplicableError, InputError) as error:
             record.status, record.reason = "not_applicable", str(error)
         except (DurometerError, MemoryError, *FAILURES) as error:
-            record.status, record.reason = _failure(error)
+            record.status, record.reason = failure(error)
         else:
             record.status, record.reason = realised.status, realised.reason
             record.realised = _plain(realised)
@@ -318,7 +318,8 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text
 
 
-def _failure(error: BaseException) -> tuple[str, str]:
+def failure(error: BaseException) -> tuple[str, str]:
+    """Return the status and the reason of what could not be run or measured."""
     status = "out_of_memory" if _out_of_memory(error) else "errored"
     lines = str(error).strip().splitlines() or [""]
     return status, f"{type(error).__name__}: {lines[0][:300]}"

@@ -1,0 +1,1 @@
+"""What three ways of fine-tuning change in what a subject refuses, knows and is sure of."""
