@@ -303,8 +303,19 @@ def _guarded(spec: HarnessSpec, what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:  # nothing is measured here: any class may come from its libraries
+    except _faults() as error:
         raise InputError(f"{FAMILY}:{spec.task}: {what}: {_why(spec, error)}") from error
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    """Return what the harness and its libraries raise over a task; nothing is measured then."""
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
+    from yaml import YAMLError
+
+    values = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
+    others = (RuntimeError, ImportError, OSError, SyntaxError)
+    return (*values, *others, DatasetsError, TemplateError, YAMLError)
 
 
 def _why(spec: HarnessSpec, error: BaseException) -> str:
