@@ -396,7 +396,7 @@ def _entry(entry: str) -> str:
 
 # ---- result files --------------------------------------------------------------------------
 
-BENCHMARKS = ("training", "generation", "gcg", "restore", "demo")
+BENCHMARKS = ("training", "generation", "likelihood", "gcg", "restore", "demo")
 LABELS = {
     "what": "what is run",
     "baseline": "compared with",

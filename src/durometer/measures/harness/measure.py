@@ -54,7 +54,7 @@ def _make(text: str) -> Measure:
 HARNESS = family_registry.register(FAMILY)(
     MeasureFamily(
         "tasks of lm-eval on the subject in memory (extra 'benchmarks')",
-        f"{FAMILY}:TASK[,TASK][,limit=N][,shots=N][,chat=yes][,hub=yes]",
+        f"{FAMILY}:TASK[,TASK][,KEY=VALUE]",
         Role.RETAIN,
         _names,
         _make,
