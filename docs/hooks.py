@@ -150,7 +150,7 @@ def _safeguard(name: str, entry: Any) -> str:
 def measures() -> str:
     """Return one section a measure."""
     _fill_registries()
-    from durometer.measures.base import measure_registry
+    from durometer.measures.base import family_registry, measure_registry
 
     sections = []
     for name, entry in measure_registry:
@@ -159,6 +159,9 @@ def measures() -> str:
         sections.append(
             f"## `{name}` {{ #{name} }}\n\n{sentence(entry.summary)}\n\n{facts}\n\n{text(doc)}"
         )
+    for name, family in family_registry:
+        facts = f"- **named as**: {code(family.usage)}\n- **reads**: items of its own"
+        sections.append(f"## `{name}` {{ #{name} }}\n\n{sentence(family.summary)}\n\n{facts}")
     return "\n\n".join(sections)
 
 
@@ -402,7 +405,7 @@ def _entry(entry: str) -> str:
 
 # ---- result files --------------------------------------------------------------------------
 
-BENCHMARKS = ("training", "generation", "gcg", "restore", "demo")
+BENCHMARKS = ("training", "generation", "likelihood", "gcg", "restore", "demo")
 LABELS = {
     "what": "what is run",
     "baseline": "compared with",

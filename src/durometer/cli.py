@@ -91,8 +91,8 @@ Measures = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME",
-        help="Measure to take as well, such as extraction (durometer list measures); may be "
-        "repeated.",
+        help="Measure to take as well, such as extraction or lm-eval:TASK (durometer list "
+        "measures); may be repeated.",
     ),
 ]
 Judges = Annotated[
@@ -327,6 +327,26 @@ def report(
     from durometer.commands import run_report
 
     return run_report(folder, show_texts=show_texts, as_json=json)
+
+
+@app.command(epilog=EPILOG)
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.")],
+    form: Annotated[
+        Literal["inspect"], typer.Option("--format", help="inspect: a JSON log of inspect_ai.")
+    ] = "inspect",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write it there; else inspect.json in the run folder."),
+    ] = None,
+    show_texts: Annotated[
+        bool, typer.Option("--show-texts", help="Tell texts of a harmful domain as well.")
+    ] = False,
+) -> int:
+    """Write a run in the form of another tool, from its stored records."""
+    from durometer import exporting
+
+    return exporting.run(folder, out, show_texts=show_texts)
 
 
 @app.command(epilog=EPILOG)

@@ -15,7 +15,7 @@ from durometer.domains.benchmarks.table import BENCHMARKS
 from durometer.domains.load import read_domain
 from durometer.domains.overlap import COLUMNS, overlap_report, render_rows
 from durometer.judges.base import judge_registry
-from durometer.measures.base import measure_registry
+from durometer.measures.base import family_registry, measure_registry
 from durometer.safeguards.base import safeguard_registry
 from durometer.subjects.builtin import subject_registry
 from durometer.tampers.base import tamper_registry
@@ -86,6 +86,7 @@ def _safeguards() -> Listing:
 
 def _measures() -> Listing:
     rows = [(name, ", ".join(entry.kinds), entry.summary) for name, entry in measure_registry]
+    rows += [(entry.usage, "any", entry.summary) for _, entry in family_registry]
     return ("name", "kinds of domain", "what it reads"), rows
 
 

@@ -5,6 +5,7 @@ Whether it does is not read off its name but tried once: both layouts must give 
 other model gets ordinary padded batches.
 """
 
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from durometer.core.beginnings import Beginnings, run_beginning, spans
 from durometer.core.rows import (
     NODES_PER_PACK,
     NODES_PER_SCORING_PACK,
@@ -130,10 +132,18 @@ class Forward:
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row]) -> list[RowScore]:
-        """Return one score a row, in the order given."""
-        order = sorted(range(len(rows)), key=lambda index: rows[index].ids)
+        """Return one score a row, in the order given.
+
+        Beginnings that rows share are computed once, see ``beginnings``; rows that are padded are
+        of like length.
+        """
+        trees = self._fit_trees(rows, 1)
+        order = sorted(
+            range(len(rows)), key=lambda i: rows[i].ids if trees else (len(rows[i].ids),)
+        )
+        arranged = [rows[index] for index in order]
         scores: dict[int, RowScore] = {}
-        for part in self.labelled([rows[index] for index in order], NODES_PER_SCORING_PACK):
+        for part in self._begun(arranged) if trees else self.labelled(arranged):
             log_probabilities = part.logits.float().log_softmax(-1)
             chosen = log_probabilities.gather(1, part.targets[:, None])[:, 0]
             greedy = log_probabilities.argmax(-1) == part.targets
@@ -147,18 +157,36 @@ class Forward:
                 )
         return [scores[index] for index in range(len(rows))]
 
-    def _tree_pass(self, members: list[int], pack: TreePack) -> Labelled:
+    def _begun(self, rows: Sequence[Row]) -> Iterator[Labelled]:
+        """Yield the logits of sorted rows, packs that begin alike behind one cache."""
+        nodes = min(NODES_PER_SCORING_PACK, self._window)
+        beginnings = Beginnings(self.model)
+        for span in spans(rows, nodes):
+            head = beginnings.behind(rows[span.start].ids, span.shared)
+            tails = _behind(rows[span.start : span.stop], span.length)
+            # What lies behind the window of some layer is seen by no pack.
+            for members, pack in tree_packs(tails, min(nodes, self._window - span.length)):
+                places = [span.start + member for member in members]
+                yield self._tree_pass(places, pack, copy.deepcopy(head), span.length)
+
+    def _tree_pass(
+        self, members: list[int], pack: TreePack, head: Any = None, shared: int = 0
+    ) -> Labelled:
+        """Run one pack, behind the cache ``head`` of ``shared`` tokens if there is one."""
         device = self.device
         dtype = next(self.model.parameters()).dtype
         hidden = torch.zeros(pack.visible.shape, dtype=dtype)
         hidden.masked_fill_(~pack.visible, torch.finfo(dtype).min)
+        hidden = functional.pad(hidden, (shared, 0))  # the beginning is seen by all
         keep, inverse = torch.unique(pack.predictors, return_inverse=True)
+        cached = {} if head is None else {"past_key_values": head}
         logits = self.model(
             input_ids=pack.ids[None].to(device),
-            position_ids=pack.positions[None].to(device),
+            position_ids=pack.positions[None].to(device) + shared,
             attention_mask=hidden[None, None].to(device),
-            use_cache=False,
+            use_cache=head is not None,
             logits_to_keep=keep.to(device),
+            **cached,
         ).logits[0]
         owners = torch.tensor(members)[pack.rows]
         last = torch.cat([pack.rows[1:] != pack.rows[:-1], torch.tensor([True])])
@@ -213,8 +241,9 @@ def supports_tree(model: nn.Module) -> bool:
     """Try tree packs on three short rows and say whether they are right for the model.
 
     Both layouts must give the same logits, and a branch must not notice that another changes:
-    bf16 rounding can hide a recurrent layer from the first test, but not from the second. A
-    changed mask convention shows here, too, whatever the model is called.
+    bf16 rounding can hide a recurrent layer from the first test, but not from the second. Behind
+    a cached beginning the logits must be the same, too. A changed mask convention shows here,
+    whatever the model is called.
     """
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     ids = [(index * 7919) % vocabulary for index in range(3, 31)]
@@ -225,6 +254,7 @@ def supports_tree(model: nn.Module) -> bool:
     try:
         tree = _tree_logits(model, rows[:3])
         other = _tree_logits(model, [rows[0], rows[3], rows[2]])
+        cached = _tree_logits(model, rows[:3], shared=5)
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False
     else:
@@ -234,10 +264,17 @@ def supports_tree(model: nn.Module) -> bool:
     noticed = (tree - other).abs()
     noticed[labels : 2 * labels] = 0.0
     tolerance = LAYOUT_TOLERANCE.get(next(model.parameters()).dtype, 1e-3)
-    same = (tree - padded).abs().mean() <= tolerance * padded.std()
+    same = all((x - padded).abs().mean() <= tolerance * padded.std() for x in (tree, cached))
     return bool(same and noticed.max() <= LEAK_TOLERANCE * padded.std())
 
 
-def _tree_logits(model: nn.Module, rows: Sequence[Row]) -> torch.Tensor:
-    ((members, pack),) = tree_packs(rows)
-    return Forward(model, tree=True)._tree_pass(members, pack).logits.float()
+def _tree_logits(model: nn.Module, rows: Sequence[Row], shared: int = 0) -> torch.Tensor:
+    """Return the logits of one pack, the first ``shared`` tokens in a cache."""
+    head = run_beginning(model, rows[0].ids[:shared]) if shared else None
+    ((members, pack),) = tree_packs(_behind(rows, shared))
+    return Forward(model, tree=True)._tree_pass(members, pack, head, shared).logits.float()
+
+
+def _behind(rows: Sequence[Row], shared: int) -> list[Row]:
+    """Return the rows without the tokens of their beginning."""
+    return [Row(row.ids[shared:], row.first_label - shared) for row in rows]

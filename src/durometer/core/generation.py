@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from durometer.core.beginnings import common, run_beginning
+
 BATCH = 96
 TOP = 10
 FinishReason = Literal["stop", "decided", "length"]
@@ -107,7 +109,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]))
     results = [Generated() for _ in prompts]
     prefix = _shared(prompts) if share_prefix and len(prompts) > 1 else 0
-    head = _prefill_head(model, prompts[0][:prefix]) if prefix else None
+    head = run_beginning(model, prompts[0][:prefix]) if prefix else None
     draws = _draws(prompts, max_tokens, decoding) if decoding.temperature > 0 else None
     for start in range(0, len(order), batch):
         members = order[start : start + batch]
@@ -125,22 +127,9 @@ def generate(
 
 def _shared(prompts: Sequence[tuple[int, ...]]) -> int:
     """Return the length of the common beginning, at least one token of each prompt left out."""
-    first, last = min(prompts), max(prompts)
     # Between the least and the greatest of sorted sequences everything shares what these two share.
-    same = next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first)
-    )
+    same = common(min(prompts), max(prompts))
     return min(same, min(len(prompt) for prompt in prompts) - 1)
-
-
-def _prefill_head(model: Any, ids: tuple[int, ...]) -> Any:
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    device = next(model.parameters()).device
-    tensor = torch.tensor([ids], device=device)
-    model(input_ids=tensor, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
 
 
 def _draws(

@@ -77,6 +77,9 @@ class Measure:
         kinds: kinds of domain it applies to.
         role: which items it reads.
         run: measures a subject on the given items.
+        own_items: gives its own items where it does not read the domain's; at most so many, 0 for
+            all.
+        identity: what shapes its records beyond its name and the package's code.
     """
 
     name: str
@@ -84,9 +87,69 @@ class Measure:
     kinds: tuple[str, ...]
     role: Role
     run: Callable[[Subject, Domain, Sequence[Item]], list[ItemRecord]]
+    own_items: Callable[[int], tuple[Item, ...]] | None = None
+    identity: str = ""
+
+
+@dataclass(frozen=True)
+class MeasureFamily:
+    """Measures that are made from what stands behind a colon, as in ``lm-eval:arc_easy``.
+
+    Attributes:
+        summary: one line.
+        usage: how one is named.
+        role: which items they read.
+        names: canonical names of the measures that a text behind the colon means.
+        make: returns the measure of one of these texts.
+    """
+
+    summary: str
+    usage: str
+    role: Role
+    names: Callable[[str], tuple[str, ...]]
+    make: Callable[[str], Measure]
 
 
 measure_registry: Registry[Measure] = Registry("measure", "durometer.measures")
+family_registry: Registry[MeasureFamily] = Registry("measure family", "durometer.measure_families")
+
+
+def measure_names(name: str) -> tuple[str, ...]:
+    """Return the canonical names of what ``name`` means; a family's may mean several.
+
+    Raises:
+        InputError: no such measure.
+    """
+    family = _family(name)
+    if family is None:
+        return (measure_registry.canonical_name(name),)
+    return family.names(name.partition(":")[2])
+
+
+def find_measure(name: str) -> Measure:
+    """Return the measure of that name, one of a family included.
+
+    Raises:
+        InputError: no such measure, or one that cannot be made.
+    """
+    family = _family(name)
+    if family is None:
+        return measure_registry.get(name)
+    return family.make(name.partition(":")[2])
+
+
+def role_of(name: str) -> Role | None:
+    """Return which items a measure reads, without making it; None where it is not installed."""
+    family = _family(name)
+    if family is not None:
+        return family.role
+    known = dict(measure_registry)
+    return known[name].role if name in known else None
+
+
+def _family(name: str) -> MeasureFamily | None:
+    head = name.partition(":")[0]
+    return family_registry.get(head) if head in family_registry.names() else None
 
 
 def measure(name: str, summary: str, *, kinds: tuple[str, ...], role: Role) -> Callable[[Any], Any]:

@@ -1,16 +1,21 @@
 """What measures beside the plan's found (``--measure``), from the stored records alone."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
 from durometer.core.statistics import Rate
 from durometer.domains.base import Role, Split
-from durometer.measures.base import measure_registry
+from durometer.measures.base import role_of
 from durometer.measures.extraction import recorded_extractable, recorded_prefixes
 from durometer.trials.analysis import Items, pooled_rate
 from durometer.trials.record import COUNTED, CheckpointRecord, SubjectRole, TrialRecord
 
+# Ends the name of a detail by which the detail of the same name is weighted.
+WEIGHT = "_weight"
+# A perplexity above e to this is no number any more that a float can hold.
+MOST_NATS = 700.0
 Finding = Literal["above_control", "not_above_control", "no_control", "not_measured"]
 
 
@@ -74,7 +79,34 @@ def reading(checkpoints: Sequence[CheckpointRecord], name: str) -> dict[str, Any
         "log_probability": told / tokens if tokens else None,
         **_beside_control(tables, beside, lambda item: item["correct"]),
         "by_prefix": [_by_prefix(tables, beside, prefix) for prefix in recorded_prefixes(items)],
+        "metrics": {} if recorded_prefixes(items) else _metrics(items),
     }
+
+
+def _metrics(items: Items) -> dict[str, float]:
+    """Return what a measure tells beside right or wrong, over all items and seeds.
+
+    Values that come with a weight are divided by the sum of the weights, others averaged;
+    perplexities and bits a byte are made of the log-probabilities that are kept.
+    """
+    details = [item.get("details", {}) for item in items]
+    found = {}
+    for name in dict.fromkeys(key for one in details for key in one):
+        kept = [one for one in details if one.get(name) is not None]
+        if not kept or WEIGHT in name:
+            continue
+        head, _, tail = name.partition(",")
+        weight = f"{head}{WEIGHT}{',' if tail else ''}{tail}"
+        total = sum(one.get(weight, 1.0) for one in kept)
+        if total:
+            found[name] = _told(head, sum(one[name] for one in kept) / total)
+    return found
+
+
+def _told(metric: str, mean: float) -> float:
+    if metric in ("perplexity", "word_perplexity", "byte_perplexity"):
+        return math.exp(min(-mean, MOST_NATS))
+    return -mean / math.log(2) if metric == "bits_per_byte" else mean
 
 
 def _by_prefix(tables: Sequence[Items], beside: Sequence[Items], prefix: int) -> dict[str, Any]:
@@ -158,6 +190,7 @@ def _table(
     return {
         "name": measure["name"],
         "prefixes": prefixes,
+        "metrics": any(found.get("metrics") for *_, found in rows),
         "rows": [
             {
                 "label": label,
@@ -196,8 +229,7 @@ def _notes(name: str, readings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _reads_restricted(name: str) -> bool:
     """Say whether never-taught entities are a measure's control; those not installed may be."""
-    known = dict(measure_registry)
-    return name not in known or known[name].role == Role.RESTRICTED
+    return role_of(name) in (None, Role.RESTRICTED)
 
 
 def further_lines(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -210,6 +242,10 @@ def further_lines(summary: Mapping[str, Any]) -> Iterator[str]:
             for found in tamper["readings"]
             if found["report"] is not None
         ]
+        told = _first_metric(start)
+        if told:
+            yield f"{measure['name']}: {told} untampered"
+            continue
         parts = [f"{_share(start and start['report'])} untampered"]
         if after:
             rate, label, found = max(after, key=lambda one: one[0])
@@ -217,6 +253,13 @@ def further_lines(summary: Mapping[str, Any]) -> Iterator[str]:
             if _reads_restricted(measure["name"]):
                 parts.append(f"never-taught control there {_share(found['control'])}")
         yield f"{measure['name']} on report items: {', '.join(parts)}"
+
+
+def _first_metric(start: Mapping[str, Any] | None) -> str:
+    """Return the first metric of a measure that says of no item whether it is right, else ''."""
+    if not start or start["report"] is not None:
+        return ""
+    return next((f"{name} {value:.4g}" for name, value in start.get("metrics", {}).items()), "")
 
 
 def _share(rate: Mapping[str, Any] | None) -> str:

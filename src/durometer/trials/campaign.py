@@ -17,7 +17,7 @@ from durometer.domains.base import Domain, Kind, Split
 from durometer.domains.load import load_domain
 from durometer.judges.base import Device
 from durometer.judges.panel import Panel, read_judges
-from durometer.measures.base import NOT_FINITE, measure_registry
+from durometer.measures.base import NOT_FINITE, find_measure, measure_names
 from durometer.measures.outcomes import Outcome
 from durometer.subjects.base import Subject
 from durometer.subjects.load import DtypeName, load_subject
@@ -262,7 +262,7 @@ class Campaign:
             "versions": versions,
             "dtype": subject.dtype,
             "device": subject.forward.device.type,
-            "measures": list(self.request.measures),
+            "measures": [f"{n}{find_measure(n).identity}" for n in self.request.measures],
         }
 
     def specs(self) -> list[TrialSpec]:
@@ -342,9 +342,9 @@ def further_measures(names: Sequence[str], kind: Kind) -> tuple[str, ...]:
     Raises:
         InputError: an unknown measure, one of every campaign, or one for domains of another kind.
     """
-    chosen = tuple(dict.fromkeys(measure_registry.canonical_name(name) for name in names))
+    chosen = tuple(dict.fromkeys(one for name in names for one in measure_names(name)))
     for name in chosen:
-        kinds = measure_registry.get(name).kinds
+        kinds = find_measure(name).kinds
         if kind not in kinds:
             raise InputError(
                 f"--measure {name}: made for domains of kind {' or '.join(kinds)}, not {kind}"

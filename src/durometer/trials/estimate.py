@@ -19,7 +19,7 @@ from durometer.core.budget import Budget
 from durometer.core.errors import DurometerError
 from durometer.core.seeds import Seeds
 from durometer.core.training import Update
-from durometer.measures.base import measure_registry
+from durometer.measures.base import find_measure
 from durometer.measures.judged import JUDGED_TOKENS
 from durometer.subjects.base import Subject
 from durometer.tampers.base import Tamper, make_tamper
@@ -208,7 +208,7 @@ class _Estimator:
         campaign, cost = self._campaign, Cost()
         further = campaign.request.measures
         for probe in probes(campaign.domain, campaign.suite.plan, look, further):
-            measure, items = measure_registry.get(probe.measure), probe.items[:ITEMS]
+            measure, items = find_measure(probe.measure), probe.items[:ITEMS]
             if not items:
                 continue
             begun = time.perf_counter()

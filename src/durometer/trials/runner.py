@@ -16,7 +16,7 @@ from durometer.core.training import Update
 from durometer.domains.base import Domain, Item, Role, Split
 from durometer.judges.base import JudgeError
 from durometer.judges.panel import Panel
-from durometer.measures.base import ItemRecord, measure_registry, sample, thin
+from durometer.measures.base import ItemRecord, find_measure, sample, thin
 from durometer.measures.judged import judged_outcomes
 from durometer.subjects.base import Subject
 from durometer.tampers.base import Checkpoint, Realised, Tamper, make_tamper
@@ -102,7 +102,10 @@ def _beside_never_taught(domain: Domain, plan: MeasuringPlan, measure: str) -> l
 
 
 def _further(domain: Domain, plan: MeasuringPlan, name: str) -> list[Probe]:
-    role = measure_registry.get(name).role
+    measure = find_measure(name)
+    if measure.own_items is not None:
+        return [Probe(name, measure.own_items(plan.retain_report))]
+    role = measure.role
     if role == Role.RESTRICTED:
         return _beside_never_taught(domain, plan, name)
     if role == Role.RETAIN:
@@ -261,8 +264,7 @@ class TrialRunner:
     def _records(self, probe: Probe) -> list[ItemRecord]:
         if probe.measure == "outcomes" and self._panel is not None:
             return judged_outcomes(self._subject, self._domain, probe.items, self._panel)
-        run = measure_registry.get(probe.measure).run
-        return run(self._subject, self._domain, probe.items)
+        return find_measure(probe.measure).run(self._subject, self._domain, probe.items)
 
     def _enough(self, checkpoint: CheckpointRecord, rule: BreakRule | None) -> bool:
         if rule is None or not self._plan.stop_when_broke:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sqlite3
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,8 +39,11 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lenders: tuple[Path, ...] = ()
+        file = folder / FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            # Seconds since 1970 at which a trial was last written, asked before it is opened.
+            self.written = file.stat().st_mtime if file.exists() else time.time()
             self._connection = sqlite3.connect(folder / FILE, isolation_level=None)
             # A journal beside the file and a sync a transaction: safe against kill and power loss.
             self._connection.execute("pragma journal_mode = wal")
