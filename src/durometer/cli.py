@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -319,22 +319,78 @@ def report(
 
 @app.command(epilog=EPILOG)
 def compare(
-    folders: Annotated[
-        list[Path],
+    subjects: Annotated[
+        list[str],
         typer.Argument(
-            metavar="DIR...", help="Run folders of stress, or hardened models with a stress/ in it."
+            metavar="DIR...|SUBJECT...",
+            help="Finished runs of stress (or hardened models with a stress/ in it); with --domain "
+            "or --suite: models to attack first, named as for stress.",
         ),
     ],
+    domain: Annotated[
+        str | None, typer.Option(help="Attack the models on this domain, as stress does.")
+    ] = None,
+    suite: Annotated[
+        str, typer.Option(help="Attack them with this suite: quick (the default), standard, full.")
+    ] = "",
+    undefended: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[SUBJECT=]REF", help="A model without its safeguard, as a control. Repeatable."
+        ),
+    ] = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[SUBJECT=]REF", help="A model with a plain safeguard. Repeatable."),
+    ] = None,
+    tamper: Tampers = None,
+    measure: Measures = None,
+    judge: Judges = None,
+    seeds: Seeds = None,
+    budget_steps: BudgetSteps = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write comparison.html and comparison.json there."),
+        typer.Option(
+            metavar="DIR",
+            help="Write comparison.html and comparison.json there, and the runs of models that are "
+            "attacked; these go to a new folder in durometer-runs otherwise.",
+        ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the runs in --out; none is run twice.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
 ) -> int:
-    """Put safeguards and controls side by side: a scoreboard of finished runs."""
-    from durometer import comparing
+    """Put models side by side: how safeguarded, what it takes to undo that, what it costs."""
+    from durometer import commands, comparing
 
-    return comparing.run(folders, out, as_json=json)
+    given: dict[str, Any] = {
+        "undefended": tuple(undefended or ()),
+        "reference": tuple(reference or ()),
+        "tampers": tuple(tamper or ()),
+        "measures": tuple(measure or ()),
+        "judges": tuple(judge or ()),
+        "seeds": seeds,
+        "budget_steps": budget_steps,
+        "resume": resume,
+    }
+    if domain is None and not suite:
+        comparing.require_no_attack(given)
+        return comparing.run([Path(one) for one in subjects], out, as_json=json)
+    commands.set_threads(threads)
+    return comparing.run_attacks(
+        subjects,
+        domain,
+        out,
+        suite=suite or "quick",
+        as_json=json,
+        device=device,
+        dtype=dtype,
+        **given,
+    )
 
 
 PrintedRates = Annotated[

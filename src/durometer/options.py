@@ -120,14 +120,14 @@ def _recorded(subject: str) -> str:
 
 def free_folder(*parts: str) -> Path:
     """Return the first ``durometer-runs/<parts>-<n>`` that does not exist."""
-    stem = "-".join(_slug(short_name(part)) for part in parts)
+    stem = "-".join(slug(short_name(part)) for part in parts)
     number = 1
     while (RUNS / f"{stem}-{number}").exists():
         number += 1
     return RUNS / f"{stem}-{number}"
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """Return a name fit for a folder: the last part of a path or hub id."""
     last = name.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
     return re.sub(r"[^\w.+@-]+", "-", last).strip("-.") or "run"

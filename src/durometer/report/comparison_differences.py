@@ -19,6 +19,7 @@ def differences(runs: Sequence[Read]) -> list[str]:
         ("measuring plans", lambda run: run.summary["suite"]["plan"]),
         ("undefended subjects", _base),
         ("number formats", lambda run: run.summary["subject"]["dtype"]),
+        ("devices", lambda run: run.summary["environment"].get("device") or "not recorded"),
         ("versions", lambda run: run.summary["environment"].get("versions") or {}),
     )
     attacked = [run for run in runs if run.attacked]

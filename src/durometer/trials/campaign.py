@@ -21,6 +21,7 @@ from durometer.measures.base import NOT_FINITE, measure_registry
 from durometer.measures.outcomes import Outcome
 from durometer.subjects.base import Subject
 from durometer.subjects.load import DtypeName, load_subject
+from durometer.subjects.origin import origin_of
 from durometer.subjects.record import facts_of
 from durometer.tampers.base import make_tamper, tamper_registry
 from durometer.trials.analysis import (
@@ -294,6 +295,7 @@ class Campaign:
                 role: facts_of(s.source, s.fingerprint, s.dtype)
                 for role, s in self.subjects.items()
             },
+            "origins": {role: origin_of(s) for role, s in self.subjects.items()},
             "domain": describe_domain(self.domain),
             "suite": describe(self.suite),
             "not_tested": not_tested(self.suite),
