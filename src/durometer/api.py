@@ -103,6 +103,8 @@ def stress(
     budget_steps: int | None = None,
     measures: tuple[str, ...] = (),
     judges: tuple[str, ...] = (),
+    languages: tuple[str, ...] = (),
+    framings: tuple[str, ...] = (),
     resume: bool = False,
     dtype: DtypeName = "auto",
     device: str = "auto",
@@ -122,6 +124,8 @@ def stress(
         budget_steps: most updates of an attack; None leaves it to the suite.
         measures: registered measures to take as well (``extraction``), where report items are.
         judges: ``NAME[:KEY=VALUE,...]`` of one judge or two, for prompts without accepted answers.
+        languages, framings: groups in which the restricted report items are asked as well, or
+            ``("all",)``.
         resume: run only what is missing in ``out``.
         dtype: number format to compute in.
         device: where to compute.
@@ -143,6 +147,8 @@ def stress(
         device,
         measures,
         judges,
+        languages,
+        framings,
     )
     return run_campaign(request, Path(out), resume=resume, observer=observer)
 

@@ -103,6 +103,21 @@ Judges = Annotated[
         "a second one shows how far they agree.",
     ),
 ]
+Languages = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="Languages, with commas, in which the restricted questions are asked as well, such as "
+        "fr,de; all for all the domain has.",
+    ),
+]
+Framings = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="Framings, with commas, such as role_play,story; all for all the domain has.",
+    ),
+]
 Seeds = Annotated[int | None, typer.Option(metavar="N", help="Seeds of every attack.")]
 BudgetSteps = Annotated[int | None, typer.Option(metavar="N", help="Most steps of an attack.")]
 FailOn = Annotated[Literal["broke"] | None, typer.Option(help="Exit with 1 if this holds.")]
@@ -143,6 +158,8 @@ def stress(
     tamper: Tampers = None,
     measure: Measures = None,
     judge: Judges = None,
+    languages: Languages = "",
+    framings: Framings = "",
     seeds: Seeds = None,
     budget_steps: BudgetSteps = None,
     fail_on: FailOn = None,
@@ -157,6 +174,7 @@ def stress(
 ) -> int:
     """Attack a subject and report how much it takes to break its safeguard."""
     from durometer import commands
+    from durometer.options import names_in
 
     commands.set_threads(threads)
     request = commands.stress_request(
@@ -168,6 +186,8 @@ def stress(
         tampers=tuple(tamper or ()),
         measures=tuple(measure or ()),
         judges=tuple(judge or ()),
+        languages=names_in(languages),
+        framings=names_in(framings),
         seeds=seeds,
         budget_steps=budget_steps,
         dtype=dtype,

@@ -143,6 +143,8 @@ def resume_command(request: Request, folder: Path) -> str:
         *(("--tamper", tamper) for tamper in request.tampers),
         *(("--measure", measure) for measure in request.measures),
         *(("--judge", judge) for judge in request.judges),
+        ("--languages", ",".join(request.languages)),
+        ("--framings", ",".join(request.framings)),
         ("--seeds", request.seeds),
         ("--budget-steps", request.budget_steps),
         ("--dtype", request.dtype),
@@ -153,3 +155,8 @@ def resume_command(request: Request, folder: Path) -> str:
         if value not in ("", None, "auto"):
             words += [name, str(value)]
     return shlex.join([*words, "--out", str(folder), "--resume"])
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Return the names in a list with commas, as ``--languages`` takes it."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -70,7 +70,9 @@ def _outcomes(row: Json) -> dict[str, Any]:
     shares = {outcome: rate["rate"] for outcome, rate in rates.items()}
     return {
         "row": row,
-        "bar": figures.stacked_bar(shares, OUTCOMES, row["name"]) if rates else "",
+        "bar": figures.stacked_bar(shares, OUTCOMES, row["name"], written=figures.NARROW)
+        if rates
+        else "",
         "rates": [rates.get(outcome) for outcome in OUTCOMES],
     }
 

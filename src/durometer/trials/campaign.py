@@ -14,10 +14,12 @@ from durometer.core.memory import release_free_memory
 from durometer.core.settings import digest_of
 from durometer.core.sources import source_hash
 from durometer.domains.base import Domain, Kind, Split
+from durometer.domains.groups import with_groups
 from durometer.domains.load import load_domain
 from durometer.judges.base import Device
 from durometer.judges.panel import Panel, read_judges
 from durometer.measures.base import NOT_FINITE, measure_registry
+from durometer.measures.groups import GROUPS
 from durometer.measures.outcomes import Outcome
 from durometer.subjects.base import Subject
 from durometer.subjects.load import DtypeName, load_subject
@@ -62,6 +64,7 @@ class Request:
         budget_steps: most updates of a trial; None leaves it to the suite.
         measures: registered measures to take beside the plan's, where report items are measured.
         judges: ``NAME[:KEY=VALUE,...]`` of at most two, for a domain without accepted answers.
+        languages, framings: groups in which the restricted items are asked as well.
     """
 
     subject: str
@@ -76,6 +79,8 @@ class Request:
     device: str = "auto"
     measures: tuple[str, ...] = ()
     judges: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+    framings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -113,9 +118,9 @@ class Campaign:
         """
         chosen_suite(request, 0)  # a misspelt tamper is told before anything is loaded
         read_judges(request.judges)
-        domain = judged_domain(request)
+        domain = with_groups(judged_domain(request), request.languages, request.framings)
         panel = load_panel(request, store) if judged else None
-        request = replace(request, measures=further_measures(request.measures, domain.kind))
+        request = replace(request, measures=grouped_measures(request.measures, domain))
         subjects = load_roles(request)
         suite = chosen_suite(request, subjects["subject"].parameters)
         return cls(request, store, observer, domain, suite, subjects, panel=panel)
@@ -254,7 +259,9 @@ class Campaign:
 
         versions = [__version__, torch.__version__, transformers.__version__, peft.__version__]
         judges = [*self.panel.identity(), source_hash("judges")] if self.panel else []
-        return ({"judges": judges} if judges else {}) | {
+        groups = self.domain.variants_hash
+        more = ({"judges": judges} if judges else {}) | ({"groups": groups} if groups else {})
+        return more | {
             "subject": subject.subject_fingerprint,
             "domain": self.domain.content_hash,
             "plan": self.suite.plan.canonical(),
@@ -353,6 +360,22 @@ def further_measures(names: Sequence[str], kind: Kind) -> tuple[str, ...]:
             )
         if name in PLANNED:
             raise InputError(f"--measure {name}: every campaign measures it; name another one")
+    return chosen
+
+
+def grouped_measures(names: Sequence[str], domain: Domain) -> tuple[str, ...]:
+    """Return ``further_measures``, with that of groups where some were chosen, and only there.
+
+    Raises:
+        InputError: see ``further_measures``; or groups that nobody named.
+    """
+    chosen = further_measures(names, domain.kind)
+    if domain.variants:
+        return tuple(dict.fromkeys([*chosen, GROUPS]))
+    if GROUPS in chosen:
+        raise InputError(
+            f"--measure {GROUPS}: name the groups, with --languages, --framings or both"
+        )
     return chosen
 
 
