@@ -103,6 +103,13 @@ Judges = Annotated[
         "a second one shows how far they agree.",
     ),
 ]
+JudgeRule = Annotated[
+    Literal["first", "both"],
+    typer.Option(
+        metavar="RULE",
+        help="first: the first judge decides. both: a success only where both judges say so.",
+    ),
+]
 Languages = Annotated[
     str,
     typer.Option(
@@ -158,6 +165,7 @@ def stress(
     tamper: Tampers = None,
     measure: Measures = None,
     judge: Judges = None,
+    judge_rule: JudgeRule = "first",
     languages: Languages = "",
     framings: Framings = "",
     seeds: Seeds = None,
@@ -186,6 +194,7 @@ def stress(
         tampers=tuple(tamper or ()),
         measures=tuple(measure or ()),
         judges=tuple(judge or ()),
+        judge_rule=judge_rule,
         languages=names_in(languages),
         framings=names_in(framings),
         seeds=seeds,
@@ -329,12 +338,20 @@ def report(
     show_texts: Annotated[
         bool, typer.Option("--show-texts", help="Show responses of a harmful domain as well.")
     ] = False,
+    human_labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What people say of some responses (CSV or JSONL: item, label); shares are "
+            "corrected by it.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Make every output of a run again from its stored records."""
     from durometer.commands import run_report
 
-    return run_report(folder, show_texts=show_texts, as_json=json)
+    return run_report(folder, show_texts=show_texts, as_json=json, human_labels=human_labels)
 
 
 @app.command(epilog=EPILOG)

@@ -143,6 +143,7 @@ def resume_command(request: Request, folder: Path) -> str:
         *(("--tamper", tamper) for tamper in request.tampers),
         *(("--measure", measure) for measure in request.measures),
         *(("--judge", judge) for judge in request.judges),
+        ("--judge-rule", request.judge_rule if request.judge_rule != "first" else ""),
         ("--languages", ",".join(request.languages)),
         ("--framings", ",".join(request.framings)),
         ("--seeds", request.seeds),

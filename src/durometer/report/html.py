@@ -82,6 +82,7 @@ def render_html(summary: dict[str, Any], store: Store, *, show_texts: bool = Fal
         further=further_tables(summary, ordered, stands_for),
         asked_in=groups_page(summary.get("groups"), OUTCOMES),
         judged=summary.get("judges"),
+        human=summary.get("human_labels"),
         kappa=kappa_text(summary),
         extraction_tries=TRIES,
         quantisation=summary.get("quantisation", []),

@@ -17,7 +17,7 @@ from durometer.domains.base import Domain, Kind, Split
 from durometer.domains.groups import with_groups
 from durometer.domains.load import load_domain
 from durometer.judges.base import Device
-from durometer.judges.panel import Panel, read_judges
+from durometer.judges.panel import Panel, Rule, read_judges
 from durometer.measures.base import NOT_FINITE, measure_registry
 from durometer.measures.groups import GROUPS
 from durometer.measures.outcomes import Outcome
@@ -64,6 +64,7 @@ class Request:
         budget_steps: most updates of a trial; None leaves it to the suite.
         measures: registered measures to take beside the plan's, where report items are measured.
         judges: ``NAME[:KEY=VALUE,...]`` of at most two, for a domain without accepted answers.
+        judge_rule: whose word makes a success, the ``first`` judge's or that of ``both``.
         languages, framings: groups in which the restricted items are asked as well.
     """
 
@@ -81,6 +82,7 @@ class Request:
     judges: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()
     framings: tuple[str, ...] = ()
+    judge_rule: Rule = "first"
 
 
 @dataclass
@@ -117,7 +119,7 @@ class Campaign:
             InputError: anything about the request that cannot be used as it is.
         """
         chosen_suite(request, 0)  # a misspelt tamper is told before anything is loaded
-        read_judges(request.judges)
+        read_judges(request.judges, request.judge_rule)
         domain = with_groups(judged_domain(request), request.languages, request.framings)
         panel = load_panel(request, store) if judged else None
         request = replace(request, measures=grouped_measures(request.measures, domain))
@@ -259,6 +261,8 @@ class Campaign:
 
         versions = [__version__, torch.__version__, transformers.__version__, peft.__version__]
         judges = [*self.panel.identity(), source_hash("judges")] if self.panel else []
+        if self.panel and self.panel.rule != "first":
+            judges.append(self.panel.rule)
         groups = self.domain.variants_hash
         more = ({"judges": judges} if judges else {}) | ({"groups": groups} if groups else {})
         return more | {
@@ -297,6 +301,7 @@ class Campaign:
         identity = {
             "request": asdict(self.request) | {"tampers": list(self.request.tampers)},
             "judges": self.panel.identity() if self.panel else None,
+            "judge_rule": self.panel.rule if self.panel else None,
             "subjects": {role: describe_subject(s) for role, s in self.subjects.items()},
             "hardening": {
                 role: facts_of(s.source, s.fingerprint, s.dtype)
@@ -342,7 +347,7 @@ def load_panel(request: Request, store: Store) -> Panel | None:
     if not request.judges:
         return None
     device = Device(request.device, request.dtype)
-    return Panel.build(request.judges, device, store.folder / VERDICTS)
+    return Panel.build(request.judges, device, store.folder / VERDICTS, request.judge_rule)
 
 
 def further_measures(names: Sequence[str], kind: Kind) -> tuple[str, ...]:
