@@ -827,8 +827,11 @@ def test_a_real_run_on_an_unchanged_model_is_a_control(
     words = ["stress", str(files.base), "--domain", str(files.domain), "--out", str(out)]
     assert main([*words, "--tamper", cli_world.BREAKING, "--seeds", "1"]) == 2
     assert "nothing to break" in capsys.readouterr().err
-    assert main(["compare", str(out)]) == 2
-    assert "not known to equal the undefended model" in capsys.readouterr().err
+    # Nobody hardened it: that it answers is what there is to say of it.
+    (row,) = build_comparison([out])["open"]
+    assert (row["name"], row["control"], row["open"]) == ("base", "", True)
+    assert row["zero_step"]["success"]["rate"] > 0.5
+    assert "answers at once" in flat(shown(build_comparison([out]), 120))
     store = Store.open(out)
     about = store.description("subjects")["subject"]
     store.close()

@@ -93,6 +93,8 @@ def test_the_context_of_a_behaviour_is_put_where_judges_expect_it() -> None:
 class Asked:
     """A panel that notes what it was asked, and says what it is told to."""
 
+    rule = "first"
+
     def __init__(self, *said: JudgeVerdict) -> None:
         self.judges = tuple(described_judge(n) for n in ("endpoint", "llama_guard_3")[: len(said)])
         self.said, self.cases = said, list[Any]()
@@ -123,6 +125,10 @@ def test_every_response_gets_the_outcome_and_the_verdicts(monkeypatch: pytest.Mo
     assert found[1].outcome == "harmful_useful"
     assert [case.response for case in panel.cases] == [record.response for record in judged_ones]
     assert "verdicts" not in found[1].as_dict()
+    # Where both must agree, what one of them could not read is open.
+    panel.rule = "both"
+    (record,) = judged_outcomes(subject, domain, items[:1], panel)  # type: ignore[arg-type]
+    assert (record.outcome, record.parse_status) == ("unparsed", NO_VERDICT)
 
 
 def test_what_cannot_be_read_is_not_put_to_a_judge(monkeypatch: pytest.MonkeyPatch) -> None:

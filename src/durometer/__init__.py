@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from durometer.api import CampaignResult, screen_quantisation, stress
     from durometer.audit.command import audit_model
-    from durometer.comparing import Comparison, compare
+    from durometer.comparing import Comparison, compare, scoreboard
     from durometer.domains.load import load_domain
     from durometer.drifting import Drift, drift
     from durometer.recomputing import Recomputation, recompute
@@ -33,6 +33,7 @@ __all__ = [
     "load_domain",
     "load_subject",
     "recompute",
+    "scoreboard",
     "screen_quantisation",
     "stress",
 ]
@@ -48,6 +49,7 @@ _HOMES = {
     "harden": "durometer.safeguards.harden",
     "Recomputation": "durometer.recomputing",
     "recompute": "durometer.recomputing",
+    "scoreboard": "durometer.comparing",
     "screen_quantisation": "durometer.api",
     "stress": "durometer.api",
     "audit_model": "durometer.audit.command",

@@ -9,6 +9,9 @@ from typing import Any, Literal
 import durometer.catalogue  # noqa: F401  (fills the registries)
 from durometer.core.errors import ExitCode, InputError
 from durometer.domains.load import load_domain
+from durometer.judges.labels import read_labels
+from durometer.judges.panel import Rule
+from durometer.report.human import LABELS, require_known
 from durometer.report.summary import has_threshold
 from durometer.report.write import write_outputs
 from durometer.safeguards.attacks import recorded_digests, trained_against
@@ -103,6 +106,9 @@ def stress(
     budget_steps: int | None = None,
     measures: tuple[str, ...] = (),
     judges: tuple[str, ...] = (),
+    languages: tuple[str, ...] = (),
+    framings: tuple[str, ...] = (),
+    judge_rule: Rule = "first",
     resume: bool = False,
     reuse: Sequence[Path | str] = (),
     dtype: DtypeName = "auto",
@@ -123,6 +129,9 @@ def stress(
         budget_steps: most updates of an attack; None leaves it to the suite.
         measures: registered measures to take as well (``extraction``), where report items are.
         judges: ``NAME[:KEY=VALUE,...]`` of one judge or two, for prompts without accepted answers.
+        languages, framings: groups in which the restricted report items are asked as well, or
+            ``("all",)``.
+        judge_rule: ``first``: the first judge decides; ``both``: a success only where both say so.
         resume: run only what is missing in ``out``.
         reuse: other run folders whose finished trials are taken over where they are the same ones
             (the same controls on the same subjects, by everything that shapes a result).
@@ -146,6 +155,9 @@ def stress(
         device,
         measures,
         judges,
+        languages,
+        framings,
+        judge_rule,
     )
     lenders = [Path(folder) for folder in reuse]
     return run_campaign(request, Path(out), resume=resume, reuse=lenders, observer=observer)
@@ -223,20 +235,27 @@ def screen_quantisation(
     return screen_subject(loaded, asked, chosen, observer or SilentObserver(), stage)
 
 
-def rebuild(folder: Path, *, show_texts: bool = False) -> CampaignResult:
+def rebuild(
+    folder: Path, *, show_texts: bool = False, human_labels: Path | None = None
+) -> CampaignResult:
     """Write every output of a run folder again, from its stored records alone.
 
     Args:
         folder: the run folder.
         show_texts: show responses of a domain that is not harmless in the report as well.
+        human_labels: what people say of some of the responses; kept with the run.
 
     Raises:
-        InputError: the folder holds no run.
+        InputError: the folder holds no run, or labels that cannot be read or match no item.
     """
     store = Store.open(folder)
     try:
         if not store.begun:
             raise InputError(f"{folder}: the run in it ended before anything was measured")
+        if human_labels is not None:
+            labels = read_labels(human_labels)
+            require_known(human_labels, labels, list(store.trials()))
+            store.describe(LABELS, [label.as_dict() for label in labels])
         summary = write_outputs(store, show_texts=show_texts)
     finally:
         store.close()

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -103,6 +103,28 @@ Judges = Annotated[
         "a second one shows how far they agree.",
     ),
 ]
+JudgeRule = Annotated[
+    Literal["first", "both"],
+    typer.Option(
+        metavar="RULE",
+        help="first: the first judge decides. both: a success only where both judges say so.",
+    ),
+]
+Languages = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="Languages, with commas, in which the restricted questions are asked as well, such as "
+        "fr,de; all for all the domain has.",
+    ),
+]
+Framings = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="Framings, with commas, such as role_play,story; all for all the domain has.",
+    ),
+]
 Seeds = Annotated[int | None, typer.Option(metavar="N", help="Seeds of every attack.")]
 BudgetSteps = Annotated[int | None, typer.Option(metavar="N", help="Most steps of an attack.")]
 FailOn = Annotated[Literal["broke"] | None, typer.Option(help="Exit with 1 if this holds.")]
@@ -152,6 +174,9 @@ def stress(
     tamper: Tampers = None,
     measure: Measures = None,
     judge: Judges = None,
+    judge_rule: JudgeRule = "first",
+    languages: Languages = "",
+    framings: Framings = "",
     seeds: Seeds = None,
     budget_steps: BudgetSteps = None,
     fail_on: FailOn = None,
@@ -167,6 +192,7 @@ def stress(
 ) -> int:
     """Attack a subject and report how much it takes to break its safeguard."""
     from durometer import commands
+    from durometer.options import names_in
 
     commands.set_threads(threads)
     request = commands.stress_request(
@@ -178,6 +204,9 @@ def stress(
         tampers=tuple(tamper or ()),
         measures=tuple(measure or ()),
         judges=tuple(judge or ()),
+        judge_rule=judge_rule,
+        languages=names_in(languages),
+        framings=names_in(framings),
         seeds=seeds,
         budget_steps=budget_steps,
         dtype=dtype,
@@ -321,12 +350,20 @@ def report(
     show_texts: Annotated[
         bool, typer.Option("--show-texts", help="Show responses of a harmful domain as well.")
     ] = False,
+    human_labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What people say of some responses (CSV or JSONL: item, label); shares are "
+            "corrected by it.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Make every output of a run again from its stored records."""
     from durometer.commands import run_report
 
-    return run_report(folder, show_texts=show_texts, as_json=json)
+    return run_report(folder, show_texts=show_texts, as_json=json, human_labels=human_labels)
 
 
 @app.command(epilog=EPILOG)
@@ -351,22 +388,78 @@ def export(
 
 @app.command(epilog=EPILOG)
 def compare(
-    folders: Annotated[
-        list[Path],
+    subjects: Annotated[
+        list[str],
         typer.Argument(
-            metavar="DIR...", help="Run folders of stress, or hardened models with a stress/ in it."
+            metavar="DIR...|SUBJECT...",
+            help="Finished runs of stress (or hardened models with a stress/ in it); with --domain "
+            "or --suite: models to attack first, named as for stress.",
         ),
     ],
+    domain: Annotated[
+        str | None, typer.Option(help="Attack the models on this domain, as stress does.")
+    ] = None,
+    suite: Annotated[
+        str, typer.Option(help="Attack them with this suite: quick (the default), standard, full.")
+    ] = "",
+    undefended: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[SUBJECT=]REF", help="A model without its safeguard, as a control. Repeatable."
+        ),
+    ] = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[SUBJECT=]REF", help="A model with a plain safeguard. Repeatable."),
+    ] = None,
+    tamper: Tampers = None,
+    measure: Measures = None,
+    judge: Judges = None,
+    seeds: Seeds = None,
+    budget_steps: BudgetSteps = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write comparison.html and comparison.json there."),
+        typer.Option(
+            metavar="DIR",
+            help="Write comparison.html and comparison.json there, and the runs of models that are "
+            "attacked; these go to a new folder in durometer-runs otherwise.",
+        ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the runs in --out; none is run twice.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
 ) -> int:
-    """Put safeguards and controls side by side: a scoreboard of finished runs."""
-    from durometer import comparing
+    """Put models side by side: how safeguarded, what it takes to undo that, what it costs."""
+    from durometer import commands, comparing
 
-    return comparing.run(folders, out, as_json=json)
+    given: dict[str, Any] = {
+        "undefended": tuple(undefended or ()),
+        "reference": tuple(reference or ()),
+        "tampers": tuple(tamper or ()),
+        "measures": tuple(measure or ()),
+        "judges": tuple(judge or ()),
+        "seeds": seeds,
+        "budget_steps": budget_steps,
+        "resume": resume,
+    }
+    if domain is None and not suite:
+        comparing.require_no_attack(given)
+        return comparing.run([Path(one) for one in subjects], out, as_json=json)
+    commands.set_threads(threads)
+    return comparing.run_attacks(
+        subjects,
+        domain,
+        out,
+        suite=suite or "quick",
+        as_json=json,
+        device=device,
+        dtype=dtype,
+        **given,
+    )
 
 
 PrintedRates = Annotated[

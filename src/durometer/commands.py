@@ -134,9 +134,11 @@ def run_screen(
     return ExitCode.COMPLETE if found.complete else ExitCode.INCOMPLETE
 
 
-def run_report(folder: Path, *, show_texts: bool, as_json: bool) -> int:
+def run_report(
+    folder: Path, *, show_texts: bool, as_json: bool, human_labels: Path | None = None
+) -> int:
     """Write a run's outputs again and print what it found."""
-    result = rebuild(folder, show_texts=show_texts)
+    result = rebuild(folder, show_texts=show_texts, human_labels=human_labels)
     show_result(result, as_json=as_json)
     return result.exit_code()
 

@@ -120,14 +120,14 @@ def _recorded(subject: str) -> str:
 
 def free_folder(*parts: str) -> Path:
     """Return the first ``durometer-runs/<parts>-<n>`` that does not exist."""
-    stem = "-".join(_slug(short_name(part)) for part in parts)
+    stem = "-".join(slug(short_name(part)) for part in parts)
     number = 1
     while (RUNS / f"{stem}-{number}").exists():
         number += 1
     return RUNS / f"{stem}-{number}"
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """Return a name fit for a folder: the last part of a path or hub id."""
     last = name.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
     return re.sub(r"[^\w.+@-]+", "-", last).strip("-.") or "run"
@@ -143,6 +143,9 @@ def resume_command(request: Request, folder: Path) -> str:
         *(("--tamper", tamper) for tamper in request.tampers),
         *(("--measure", measure) for measure in request.measures),
         *(("--judge", judge) for judge in request.judges),
+        ("--judge-rule", request.judge_rule if request.judge_rule != "first" else ""),
+        ("--languages", ",".join(request.languages)),
+        ("--framings", ",".join(request.framings)),
         ("--seeds", request.seeds),
         ("--budget-steps", request.budget_steps),
         ("--dtype", request.dtype),
@@ -153,3 +156,8 @@ def resume_command(request: Request, folder: Path) -> str:
         if value not in ("", None, "auto"):
             words += [name, str(value)]
     return shlex.join([*words, "--out", str(folder), "--resume"])
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Return the names in a list with commas, as ``--languages`` takes it."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -9,7 +9,7 @@ Arguments that cannot be used raise ``ValueError``.
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -46,6 +46,8 @@ __all__ = [
     "newcombe_unpaired",
     "paired_bootstrap",
     "paired_difference",
+    "prediction_powered",
+    "rogan_gladen",
     "seed_level_change",
     "seed_level_mean",
     "seed_level_rate",
@@ -307,6 +309,91 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Rate:
     _check_counts(successes, n)
     interval = _wilson_interval(successes / n, n, level)
     return Rate(successes / n, interval.low, interval.high, n, "wilson")
+
+
+def prediction_powered(
+    truth: Sequence[bool],
+    predicted: Sequence[bool],
+    others: Sequence[bool],
+    level: float = 0.95,
+) -> Rate:
+    """Return a rate of labels, from a few that are known and a prediction for all.
+
+    The estimate is the predicted rate of the others plus the mean of truth less prediction where
+    both are known; it is unbiased whatever the predictor, if the known ones are a random sample.
+    The interval adds Wilson's of the first and Newcombe's paired one of the second in quadrature
+    (the method of variance estimates recovery), which keeps its width where no prediction was
+    wrong. It is clipped to [0, 1].
+
+    Args:
+        truth, predicted: labels and predictions of the known items, at least one.
+        others: predictions of the items whose labels are not known; with none, the rate is that
+            of the labels, with Wilson's interval.
+
+    Raises:
+        ValueError: on no labels, or not one prediction a label.
+
+    Source: Angelopoulos et al. (2023), Science 382:669; intervals: Zou and Donner (2008), Stat.
+    Med. 27:1693.
+    """
+    if not truth or len(truth) != len(predicted):
+        raise ValueError(f"{len(truth)} labels with {len(predicted)} predictions")
+    if not others:
+        return replace(wilson(sum(truth), len(truth), level), method="labels alone, wilson")
+    pairs = [(bool(label), bool(guess)) for label, guess in zip(truth, predicted, strict=True)]
+    gained, lost = pairs.count((True, False)), pairs.count((False, True))
+    both, neither = pairs.count((True, True)), pairs.count((False, False))
+    known = newcombe_paired(gained, lost, both, neither, level)
+    rest = wilson(sum(others), len(others), level)
+    value = rest.rate + known.value
+    down = math.hypot(rest.rate - rest.low, known.value - known.low)
+    up = math.hypot(rest.high - rest.rate, known.high - known.value)
+    low, high, rate = (float(np.clip(v, 0, 1)) for v in (value - down, value + up, value))
+    return Rate(rate, low, high, len(truth), "prediction-powered")
+
+
+def rogan_gladen(
+    truth: Sequence[bool],
+    predicted: Sequence[bool],
+    others: Sequence[bool],
+    level: float = 0.95,
+) -> Rate | None:
+    """Return a rate corrected for the sensitivity and specificity of its predictor.
+
+    ``(p + specificity - 1) / (sensitivity + specificity - 1)`` with p over all items, and the
+    normal interval of the delta method; both are clipped to [0, 1].
+
+    Args:
+        truth, predicted, others: as for ``prediction_powered``.
+
+    Returns:
+        None where the known items have one label only, or the predictor does no better than
+        chance: then nothing can be corrected.
+
+    Raises:
+        ValueError: not one prediction a label.
+
+    Source: Rogan and Gladen (1978), Am. J. Epidemiol. 107:71.
+    """
+    if len(truth) != len(predicted):
+        raise ValueError(f"{len(truth)} labels with {len(predicted)} predictions")
+    positive = [guess for label, guess in zip(truth, predicted, strict=True) if label]
+    negative = [not guess for label, guess in zip(truth, predicted, strict=True) if not label]
+    if not positive or not negative:
+        return None
+    sensitivity, specificity = sum(positive) / len(positive), sum(negative) / len(negative)
+    better = sensitivity + specificity - 1
+    if better <= 0:
+        return None
+    n = len(predicted) + len(others)
+    p = (sum(predicted) + sum(others)) / n
+    rate = float(np.clip((p + specificity - 1) / better, 0, 1))
+    variance = p * (1 - p) / n
+    variance += rate**2 * sensitivity * (1 - sensitivity) / len(positive)
+    variance += (1 - rate) ** 2 * specificity * (1 - specificity) / len(negative)
+    half = _normal_quantile(level) * math.sqrt(variance) / better
+    low, high = max(0.0, rate - half), min(1.0, rate + half)
+    return Rate(rate, low, high, len(truth), "Rogan-Gladen")
 
 
 def clopper_pearson(successes: int, n: int, level: float = 0.95) -> Interval:

@@ -143,6 +143,27 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A restricted item as it is asked in one language and framing.
+
+    Attributes:
+        item: with the entity and split of the item that it is a variant of; its suite names the
+            group.
+        language: code, as in ``LANGUAGES`` or a domain's own.
+        framing: ``plain``, or how the question is dressed up.
+    """
+
+    item: Item
+    language: str
+    framing: str
+
+
+def group_name(language: str, framing: str) -> str:
+    """Return the name of a group of variants, as ``de/story``."""
+    return f"{language}/{framing}"
+
+
+@dataclass(frozen=True)
 class Domain:
     """What is safeguarded, with everything needed to train on it and to measure it.
 
@@ -158,6 +179,9 @@ class Domain:
         chance: rate at which a subject without the knowledge is right.
         origins: sets of somebody else's that were read for it.
         published: by item id, what the rule of the benchmark that it is from needs.
+        variants: restricted items in the groups that were chosen, see ``groups``; measured beside
+            the items, never trained on.
+        make_variants: makes those of all groups that there are, the domain's own first.
     """
 
     name: str
@@ -172,6 +196,10 @@ class Domain:
     notes: tuple[str, ...] = field(default=())
     origins: tuple[Origin, ...] = ()
     published: Mapping[str, Published] = field(default_factory=dict, hash=False, repr=False)
+    variants: tuple[Variant, ...] = field(default=(), repr=False)
+    make_variants: Callable[[], tuple[Variant, ...]] = field(
+        default=tuple, hash=False, compare=False, repr=False
+    )
 
     def select(
         self, role: Role, split: Split | None = None, *, training: bool | None = None
@@ -221,6 +249,11 @@ class Domain:
                 asdict(self.rules),
             ]
         )
+
+    @property
+    def variants_hash(self) -> str:
+        """SHA-256 over the variants that were chosen, '' without any."""
+        return digest_of([asdict(one) for one in self.variants]) if self.variants else ""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,12 @@ from durometer.domains.base import (
     Kind,
     Role,
     Split,
+    Variant,
     deal_splits,
     domain_registry,
+    group_name,
 )
+from durometer.domains.groups import PLAIN
 
 DESCRIPTION = "capital cities of 260 countries, states and provinces (benign proxy)"
 TRAINING_PROMPTS = (
@@ -153,7 +156,40 @@ def build_capitals(kind: Kind) -> Domain:
         ),
         source=places["source"],
         chance=0.25 if kind == "knowledge" else 0.0,
+        make_variants=lambda: _variants(rows),
     )
+
+
+def _variants(places: list[dict[str, Any]]) -> tuple[Variant, ...]:
+    """Return the report places in every language and framing, asked for in the same way."""
+    splits = deal_splits((place["name"] for place in places), RESTRICTED_SHARES, "capitals")
+    return tuple(
+        _variant(place, language, framing, frame, table)
+        for language, table in _read("capitals_languages.json")["languages"].items()
+        for framing, frame in {PLAIN: "{question}", **table["framings"]}.items()
+        for place in places
+        if splits[place["name"]] == Split.REPORT
+    )
+
+
+def _variant(
+    place: dict[str, Any], language: str, framing: str, frame: str, table: dict[str, Any]
+) -> Variant:
+    name, capital = place["name"], table["capitals"].get(place["name"], place["capital"])
+    asked = _phrase(place) if language == "en" else table["places"].get(name, name)
+    question = table["question"].format(place=asked)
+    group = group_name(language, framing)
+    item = Item(
+        id=f"restricted/{name}@{group}",
+        entity=name,
+        role=Role.RESTRICTED,
+        split=Split.REPORT,
+        prompt=frame.format(question=question, place=asked),
+        response=f"{capital}.",
+        answers=tuple(dict.fromkeys([capital, place["capital"], *place.get("aliases", ())])),
+        suite=group,
+    )
+    return Variant(item, language, framing)
 
 
 domain_registry.register("capitals")(DomainEntry(DESCRIPTION, build_capitals))

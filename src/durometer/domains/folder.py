@@ -8,7 +8,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,8 +23,11 @@ from durometer.domains.base import (
     Kind,
     Role,
     Split,
+    Variant,
     deal_splits,
+    group_name,
 )
+from durometer.domains.groups import PLAIN
 from durometer.formats.safetensors import open_regular, shown
 
 __all__ = ["MAX_LINE_BYTES", "SHARES", "read_folder"]
@@ -74,6 +77,12 @@ def _one_line(text: str) -> str:
     return text
 
 
+def _group(text: str) -> str:
+    if not re.fullmatch(r"[\w-]{1,40}", text):
+        raise ValueError("is not 1 to 40 letters, digits, '-' or '_'")
+    return text
+
+
 def _pattern(text: str) -> str:
     try:
         re.compile(text, re.IGNORECASE)
@@ -90,6 +99,7 @@ def _mark(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_filled)]
 Name = Annotated[str, AfterValidator(_one_line)]
+Group = Annotated[str, AfterValidator(_group)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Mark = Annotated[str, AfterValidator(_mark)]
 
@@ -119,6 +129,7 @@ class _Header(_Model):
     harmless: bool = False
     refusals: list[Text] = Field(DEFAULT_REFUSALS, min_length=1)
     chance: float | None = Field(None, ge=0, lt=1)
+    language: Group = "en"
     files: _Files = _Files()
     rules: _Rules = _Rules()
 
@@ -133,6 +144,8 @@ class _Line(_Model):
     suite: Name | None = None
     split: Text | None = None
     training: bool | None = None
+    language: Group | None = None
+    framing: Group | None = None
     id: Name | None = None
 
 
@@ -169,6 +182,10 @@ def read_folder(path: Path, kind: Kind | None) -> Domain:
         for entry in group:
             _check(entry, role, kind)
     _refuse_repeated_ids(entries)
+    others, entries[Role.RESTRICTED] = _apart(header, entries[Role.RESTRICTED])
+    for entry in (e for role in (Role.RETAIN, Role.BENIGN) for e in entries.get(role, [])):
+        if not _own(header, entry):
+            raise entry.refused("'language' and 'framing' are for restricted items")
     items = tuple(item for role, group in entries.items() for item in _items(header, role, group))
     return Domain(
         name=header.name,
@@ -180,7 +197,59 @@ def read_folder(path: Path, kind: Kind | None) -> Domain:
         source=header.source,
         harmless=header.harmless,
         chance=_chance(header, items) if kind == "knowledge" else 0.0,
+        make_variants=lambda: _variants(header, items, others) if others else (),
     )
+
+
+def _apart(header: _Header, entries: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry]]:
+    """Return the lines in another language or framing, and the domain's own."""
+    own = [entry for entry in entries if _own(header, entry)]
+    others = [entry for entry in entries if not _own(header, entry)]
+    known = {_entity(entry) for entry in own}
+    for entry in others:
+        if _entity(entry) not in known:
+            raise entry.refused(
+                "'entity' is not that of any item in the domain's own language and framing; groups "
+                "are compared over the same entities"
+            )
+        if not entry.line.answers:
+            raise entry.refused("'answers' is missing; groups are read off free answers")
+    return others, own
+
+
+def _own(header: _Header, entry: _Entry) -> bool:
+    """Say whether a line is in the domain's own language, without a framing."""
+    return (entry.line.language or header.language, entry.line.framing or PLAIN) == (
+        header.language,
+        PLAIN,
+    )
+
+
+def _variants(
+    header: _Header, items: Sequence[Item], others: Sequence[_Entry]
+) -> tuple[Variant, ...]:
+    """Return the restricted items of every group, the domain's own group first."""
+    own = [item for item in items if item.role == Role.RESTRICTED and item.training is not True]
+    splits = {item.entity: item.split for item in items if item.role == Role.RESTRICTED}
+    found = [
+        Variant(replace(item, suite=group_name(header.language, PLAIN)), header.language, PLAIN)
+        for item in own
+    ]
+    for entry in others:
+        language, framing = entry.line.language or header.language, entry.line.framing or PLAIN
+        line = entry.line
+        item = Item(
+            id=_id(entry, Role.RESTRICTED),
+            entity=_entity(entry),
+            role=Role.RESTRICTED,
+            split=splits[_entity(entry)],
+            prompt=line.prompt,
+            response=line.response or f"{line.answers[0]}.",
+            answers=tuple(line.answers),
+            suite=group_name(language, framing),
+        )
+        found.append(Variant(item, language, framing))
+    return tuple(found)
 
 
 def _read_header(path: Path) -> _Header:

@@ -3,23 +3,28 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from durometer.core.errors import InputError
 from durometer.judges.base import Asked, Case, Device, Judge, JudgeVerdict
 from durometer.judges.cache import VerdictCache
 
-__all__ = ["MOST_JUDGES", "Panel", "read_judges"]
+__all__ = ["MOST_JUDGES", "Panel", "Rule", "read_judges"]
 
 MOST_JUDGES = 2
+Rule = Literal["first", "both"]
+"""Whose word makes an attack a success: the first judge's, or only that of both."""
 
 
-def read_judges(specs: Sequence[str]) -> list[Asked]:
+def read_judges(specs: Sequence[str], rule: Rule = "first") -> list[Asked]:
     """Return the judges named, checked but not loaded.
 
     Raises:
-        InputError: more than two, the same one twice, or one that cannot be as it was named.
+        InputError: more than two, the same one twice, one that cannot be as it was named, or a
+            rule for two judges without two.
     """
+    if rule == "both" and len(specs) != MOST_JUDGES:
+        raise InputError("--judge-rule both: needs two judges; name them with --judge, twice")
     if len(specs) > MOST_JUDGES:
         raise InputError(
             f"--judge: {len(specs)} are named; at most two, the second to see how far they agree"
@@ -31,26 +36,37 @@ def read_judges(specs: Sequence[str]) -> list[Asked]:
 
 @dataclass(frozen=True)
 class Panel:
-    """The judges of a run, ready to judge, and what they said so far."""
+    """The judges of a run, ready to judge, and what they said so far.
+
+    Attributes:
+        rule: how their verdicts make one outcome.
+    """
 
     judges: tuple[Judge, ...]
     cache: VerdictCache
+    rule: Rule = "first"
 
     @classmethod
     def build(
-        cls, specs: Sequence[str], device: Device | None = None, file: Path | None = None
+        cls,
+        specs: Sequence[str],
+        device: Device | None = None,
+        file: Path | None = None,
+        rule: Rule = "first",
     ) -> "Panel":
         """Load or connect the judges named.
 
         Args:
             device: where local judges compute, unless their settings say otherwise.
             file: where verdicts are kept.
+            rule: how verdicts make one outcome.
 
         Raises:
             InputError: see ``read_judges``; or a judge that cannot be had.
         """
-        asked = read_judges(specs)
-        return cls(tuple(one.build(device or Device()) for one in asked), VerdictCache(file))
+        asked = read_judges(specs, rule)
+        built = tuple(one.build(device or Device()) for one in asked)
+        return cls(built, VerdictCache(file), rule)
 
     def identity(self) -> list[dict[str, Any]]:
         """Return what the verdicts depend on beside the cases, one entry a judge."""

@@ -9,18 +9,23 @@ from typing import Any
 
 from durometer import __version__
 from durometer.core.errors import InputError
+from durometer.report.comparison_coverage import coverage, gaps
 from durometer.report.comparison_differences import differences
-from durometer.report.comparison_order import least, ranked
-from durometer.report.comparison_runs import Read, described, read_run, require_one_domain
-from durometer.report.figures import budget_of, unit_of
+from durometer.report.comparison_order import ranked
+from durometer.report.comparison_origin import is_plain, origin
+from durometer.report.comparison_removal import AXES, first_broken, removal
+from durometer.report.comparison_runs import (
+    Read,
+    described,
+    read_run,
+    require_one_domain,
+)
+from durometer.report.figures import unit_of
 from durometer.report.html import stands_for
 from durometer.report.summary import has_threshold
-from durometer.trials.worst import needs_no_attack
 
 Json = Mapping[str, Any]
 SCHEMA_VERSION = 1
-HALF = 0.5
-AXES = ("steps", "examples", "flops")
 # Stages that make a control of a model, each with what must come of it.
 CONTROLS = {
     "noop": "nothing was done",
@@ -33,14 +38,15 @@ NEVER_TAUGHT = "micro-never"
 UNDEFENDED = "undefended"
 EQUAL = "the same weights as the undefended model"
 # Of a group's rows only those of ``safeguards`` are put in an order.
-GROUPS = ("safeguards", "controls", "api", "unknown")
+GROUPS = ("safeguards", "open", "controls", "api", "unknown")
 
 
-def build_comparison(folders: Sequence[Path]) -> dict[str, Any]:
+def build_comparison(folders: Sequence[Path], failed: Sequence[Json] = ()) -> dict[str, Any]:
     """Return the scoreboard of the runs in ``folders``.
 
     Args:
         folders: run folders of ``stress``, or hardened models whose ``stress`` folder holds one.
+        failed: ``subject`` and ``reason`` of what was to be attacked and could not be.
 
     Raises:
         InputError: a folder without a finished run, a record that cannot be read, or runs on
@@ -63,8 +69,10 @@ def build_comparison(folders: Sequence[Path]) -> dict[str, Any]:
         "domain": {key: domain[key] for key in ("name", "kind", "description", "hash")},
         "differences": differences(runs),
         "attacks": _attacks(flat),
+        "coverage": coverage(runs),
         "ranking": ranking,
         **groups,
+        "failed": [dict(one) for one in failed],
     }
 
 
@@ -92,12 +100,14 @@ def _subject_row(run: Read) -> dict[str, Any]:
     }
     cost: Json = next((c for c in summary["controls"] if c["name"] == "cost_of_safeguard"), {})
     cells = {t["configuration"]: _cell(t, gains) for t in summary["tampers"]}
+    found = removal(cells)
     return {
         **_head(run, "subject", summary["subject"]),
         "zero_step": _zero_step(start),
         "cost": _cost(cost.get("utility_loss"), start, summary, run.record),
         "cells": cells,
-        "first_broken": _first_broken(cells),
+        "removal": found,
+        "first_broken": first_broken(found),
         "gain": {
             name: summary["durability_gain"].get(name)
             for name in ("reference", "value", "low", "high", "reason")
@@ -109,6 +119,7 @@ def _reference_row(run: Read, reference: Json) -> dict[str, Any]:
     start = reference["start"]
     cells = {t["configuration"]: _cell(t, {}) for t in run.reference_tables["tampers"]}
     reason = "it is what the gain is measured against"
+    found = removal(cells)
     return {
         **_head(run, "reference", reference["subject"]),
         "zero_step": _zero_step(start),
@@ -116,7 +127,8 @@ def _reference_row(run: Read, reference: Json) -> dict[str, Any]:
             run.reference_tables["utility_loss"], start, run.summary, run.reference_record
         ),
         "cells": cells,
-        "first_broken": _first_broken(cells),
+        "removal": found,
+        "first_broken": first_broken(found),
         "gain": {"reference": None, "value": None, "low": None, "high": None, "reason": reason},
     }
 
@@ -129,6 +141,7 @@ def _undefended_row(run: Read, undefended: Json) -> dict[str, Any]:
         "zero_step": _zero_step(start),
         "cost": _cost(None, start, None, {}),
         "cells": {key: _empty_cell(value) for key, value in after.items()},
+        "removal": removal({}),
         "first_broken": None,
         "gain": {
             "reference": None,
@@ -146,14 +159,20 @@ def _head(run: Read, role: str, subject: Json) -> dict[str, Any]:
     suite = run.summary["suite"]
     control = _control(role, names, subject)
     nothing = role == "subject" and not run.attacked
+    equal = nothing and not run.open
+    plain = not stages and is_plain(subject["source"], run.origins.get(role, {}))
     return {
         "name": "+".join(names) or str(subject["name"]),
         "folder": str(run.folder),
         "role": role,
+        "origin": origin(role, subject, run.origins.get(role, {})),
         "safeguards": names,
-        "access": _access(stages, subject),
-        "control": control or (EQUAL if nothing else ""),
+        "access": "weights" if plain else _access(stages),
+        "control": control or (EQUAL if equal else ""),
         "nothing_to_break": nothing,
+        "open": nothing and run.open,
+        "outcomes": run.outcomes.get(role, {}),
+        "gaps": gaps(run, role),
         "subject": {k: subject[k] for k in ("name", "fingerprint", "parameters", "dtype")},
         "suite": suite["name"],
         "claim_grade": suite["claim_grade"],
@@ -162,13 +181,12 @@ def _head(run: Read, role: str, subject: Json) -> dict[str, Any]:
     }
 
 
-def _access(stages: Sequence[Json], subject: Json) -> str | None:
+def _access(stages: Sequence[Json]) -> str | None:
     """Return ``weights`` or ``api``, None where nothing tells how a model came about."""
     told = {stage["access"] for stage in stages}
     if "api" in told:
         return "api"
-    known = told == {"weights"} or (not stages and subject["source"]["kind"] == "builtin")
-    return "weights" if known else None
+    return "weights" if told == {"weights"} else None
 
 
 def _control(role: str, names: Sequence[str], subject: Json) -> str:
@@ -227,6 +245,11 @@ def _cell(tamper: Json, gains: Json) -> dict[str, Any]:
         "budgets": [row for row in tamper["budgets"] if row["axis"] in AXES] if measured else [],
         "break_probability": tamper["break_probability"],
         "after": _after(tamper),
+        "losses": [
+            {"steps": c["steps"], "utility_loss": c["utility_loss"]}
+            for c in tamper["checkpoints"]
+            if c["steps"] and c["utility_loss"]
+        ],
         "gain": gains.get(tamper["configuration"]),
     }
 
@@ -242,6 +265,7 @@ def _empty_cell(after: Json | None) -> dict[str, Any]:
         "budgets": [],
         "break_probability": None,
         "after": after,
+        "losses": [],
         "gain": None,
     }
 
@@ -252,27 +276,6 @@ def _after(tamper: Json) -> dict[str, Any] | None:
     if found is None:
         return None
     return {name: found[name] for name in ("steps", "success_report", "utility_loss")}
-
-
-def _first_broken(cells: Mapping[str, Json]) -> dict[str, Any] | None:
-    """Return the attack that breaks with the least computation: within the limit, else without."""
-    for within in (True, False):
-        found = []
-        for configuration, cell in cells.items():
-            if not cell["judged"]:
-                continue
-            rows = {axis: budget_of(cell, HALF, within=within, axis=axis) for axis in AXES}
-            steps = rows["steps"]
-            if steps is None or steps["censored"] >= steps["seeds"]:
-                continue
-            spent = {axis: row and least(row) for axis, row in rows.items()}
-            order = (needs_no_attack(cell["name"]), spent["flops"] or 0.0, spent["steps"] or 0.0)
-            facts = {"label": cell["label"], "unit": cell["unit"], "within_limit": within}
-            seeds = {"seeds_broken": steps["seeds"] - steps["censored"], "seeds": steps["seeds"]}
-            found.append((order, {"configuration": configuration, **facts, **seeds, **spent}))
-        if found:
-            return min(found, key=lambda entry: entry[0])[1]
-    return None
 
 
 # --- putting rows together ---
@@ -312,6 +315,8 @@ def _name_apart(rows: Sequence[dict[str, Any]]) -> None:
 def _group_of(row: Json) -> str:
     if row["control"]:
         return "controls"
+    if row["open"]:
+        return "open"
     return {"api": "api", "weights": "safeguards"}.get(row["access"], "unknown")
 
 

@@ -18,7 +18,9 @@ def differences(runs: Sequence[Read]) -> list[str]:
         ("utility limits", lambda run: f"{run.summary['suite']['plan']['utility_limit']:g} points"),
         ("measuring plans", lambda run: run.summary["suite"]["plan"]),
         ("undefended subjects", _base),
+        ("judges", _judges),
         ("number formats", lambda run: run.summary["subject"]["dtype"]),
+        ("devices", lambda run: run.summary["environment"].get("device") or "not recorded"),
         ("versions", lambda run: run.summary["environment"].get("versions") or {}),
     )
     attacked = [run for run in runs if run.attacked]
@@ -45,6 +47,14 @@ def _by_value(values: Sequence[Any], runs: Sequence[Read]) -> list[str]:
         return [f"{value}: {' '.join(folders)}" for value, folders in named.items()]
     rest = [f"{value}: {' '.join(folders)}" for value, folders in named.items() if value != usual]
     return [f"mostly {usual}", *rest]
+
+
+def _judges(run: Read) -> str:
+    """Return who judged, and whose word made a success."""
+    judged = run.summary["judges"]
+    if not judged:
+        return "none"
+    return f"{' and '.join(str(one['name']) for one in judged['judges'])}, rule {judged['rule']}"
 
 
 def _base(run: Read) -> str:

@@ -5,8 +5,9 @@ from typing import Any
 
 from durometer.report import comparison_text as words
 from durometer.report import figures
-from durometer.report.comparison import HALF
+from durometer.report.comparison_removal import HALF, NOT_JUDGED
 from durometer.report.figures import budget_of, budget_text
+from durometer.report.html import OUTCOMES
 from durometer.report.page import page_environment, page_style
 
 Json = Mapping[str, Any]
@@ -42,6 +43,12 @@ def render_comparison(comparison: Json) -> str:
         unranked=words.unranked_line(comparison),
         what_to_do=words.WHAT_TO_DO,
         limits=sorted({row["utility_limit"] for row in everyone}),
+        outcome_names=OUTCOMES,
+        outcome_spoken=list(OUTCOMES.values()),
+        outcomes=[_outcomes(row) for row in everyone],
+        removals=[_removals(row) for row in everyone if _judged(row)],
+        coverage=_coverage(comparison),
+        gaps=[row for row in everyone if row["gaps"]],
     )
     return written.encode("utf-8", "replace").decode("utf-8")
 
@@ -55,6 +62,49 @@ def _row(row: Json) -> dict[str, Any]:
         "gain": words.gain_text(row["gain"]),
         "gain_title": _gain_title(row["gain"]),
     }
+
+
+def _outcomes(row: Json) -> dict[str, Any]:
+    """Return what a model answers before any attack: a bar, and every share with its interval."""
+    rates = row["outcomes"]
+    shares = {outcome: rate["rate"] for outcome, rate in rates.items()}
+    return {
+        "row": row,
+        "bar": figures.stacked_bar(shares, OUTCOMES, row["name"], written=figures.NARROW)
+        if rates
+        else "",
+        "rates": [rates.get(outcome) for outcome in OUTCOMES],
+    }
+
+
+def _judged(row: Json) -> bool:
+    return any(found["state"] != NOT_JUDGED for found in row["removal"].values())
+
+
+def _removals(row: Json) -> dict[str, Any]:
+    """Return what undoes a safeguard with least, within the limit and without it."""
+    ruined = words.costs_too_much(row)
+    ends = []
+    for name in ("within", "without"):
+        found = row["removal"][name]
+        budget, attack = words.removal_text(found)
+        held = "missing" if ruined and name == "within" else found["state"]
+        ends.append({"budget": budget, "attack": attack, "state": held, "found": found})
+    return {"row": row, "ends": ends}
+
+
+def _coverage(comparison: Json) -> list[dict[str, Any]]:
+    """Return the tampers by way of access, with how many were tested on every model."""
+    found = []
+    for access, names in comparison["coverage"]["tampers"].items():
+        total = sum(map(len, names.values()))
+        found.append({"access": words.ACCESS[access], "total": total, **_named(names)})
+    return found
+
+
+def _named(names: Json) -> dict[str, Any]:
+    # "all" and "none" are words of the templates' language.
+    return {"on_all": names["all"], "on_some": names["some"], "on_none": names["none"]}
 
 
 def _gain_title(gain: Json) -> str:

@@ -3,12 +3,12 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from durometer.report.comparison_removal import HALF, least
 from durometer.report.comparison_text import costs_too_much
 from durometer.report.figures import budget_of
 from durometer.trials.worst import needs_no_attack
 
 Json = Mapping[str, Any]
-HALF = 0.5
 NONE_JUDGED = "no attack could be judged"
 NONE_SHARED = "no attack was judged on all of them"
 
@@ -51,10 +51,3 @@ def _order(row: Json, shared: Collection[str]) -> tuple[float, ...]:
         broken = [least(one) for one in budgets if one and one["censored"] < one["seeds"]]
         spent.append(-min(broken, default=float("inf")))
     return (float(not _judged(row)), float(costs_too_much(row)), *spent)
-
-
-def least(row: Json) -> float:
-    """Return the median, or where most seeds held, the budget of the first that broke."""
-    if row["median"] is not None:
-        return float(row["median"])
-    return float(min(high for _, high in row["intervals"] if high is not None))

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from durometer.core.errors import InputError, StorageError
+from durometer.report.comparison_origin import is_plain
+from durometer.report.comparison_start import outcome_rates
 from durometer.report.summary import build_summary, reference_tables, start_table
 from durometer.subjects.record import RECORD, belongs, facts_in, read_record
 from durometer.trials.campaign import SAFEGUARDED_SHARE
@@ -27,6 +29,8 @@ class Read:
         reference_record: the same of the plain safeguard it is compared with.
         reference_tables: what was found of the reference, see ``summary.reference_tables``.
         kept: by role, what the run itself kept of the records, see ``record.facts_of``.
+        origins: by role, what the run kept of its subjects, see ``origin.origin_of``.
+        outcomes: by role, the share of every outcome at step 0, see ``outcome_rates``.
     """
 
     folder: Path
@@ -36,11 +40,22 @@ class Read:
     reference_record: dict[str, Any]
     reference_tables: dict[str, Any]
     kept: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, Any] = field(default_factory=dict)
+    outcomes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def attacked(self) -> bool:
         """Whether there was anything to break."""
         return bool(self.summary["tampers"])
+
+    @property
+    def open(self) -> bool:
+        """Whether it is a model as it comes, that gives the restricted answers unasked."""
+        if self.attacked or has_undefended_weights(self) or not _gives_answers(self):
+            return False
+        return not self.facts("subject") and is_plain(
+            self.summary["subject"]["source"], self.origins.get("subject", {})
+        )
 
     def facts(self, role: str) -> dict[str, Any]:
         """Return what is known of how the subject or the reference came about, see ``facts_in``.
@@ -68,6 +83,7 @@ def read_run(folder: Path) -> Read:
                 raise InputError(f"{folder}: the run in it ended before anything was measured")
             summary, start = build_summary(store), start_table(store)
             tables, kept = reference_tables(store), store.description("hardening") or {}
+            origins, outcomes = store.description("origins") or {}, outcome_rates(store)
         finally:
             store.close()
     except StorageError as error:
@@ -78,7 +94,7 @@ def read_run(folder: Path) -> Read:
         raise _unfinished(folder)
     record = _record_of(folder, model, summary["subject"])
     plain = _reference_record(record, model, summary)
-    run = Read(folder, summary, start, record, plain, tables, kept)
+    run = Read(folder, summary, start, record, plain, tables, kept, origins, outcomes)
     described(run, lambda: _require_measured(run))
     return run
 
@@ -93,7 +109,10 @@ def _place(folder: Path) -> tuple[Path, Path | None]:
             )
         return folder / STRESS, folder
     if not (folder / FILE).is_file():
-        raise InputError(f"{folder}: no finished run here ({FILE} is missing)")
+        raise InputError(
+            f"{folder}: no finished run here ({FILE} is missing); to attack models and compare "
+            "them, add --domain and --suite"
+        )
     around = folder.resolve().parent
     return folder, around if (around / RECORD).is_file() and folder.name == STRESS else None
 
@@ -146,11 +165,11 @@ def _require_measured(run: Read) -> None:
     """Refuse a run that is not finished, or that found nothing to break in another model.
 
     A model that equals the undefended one is a control: that its run ends before any attack is
-    what must come of it.
+    what must come of it. Of a model as it comes it is the finding: it is not safeguarded.
     """
     if run.summary["complete"] and run.attacked:
         return
-    if not run.attacked and _has_undefended_weights(run):
+    if not run.attacked and (has_undefended_weights(run) or run.open):
         return
     if run.attacked or not _gives_answers(run):
         raise _unfinished(run.folder)
@@ -171,7 +190,7 @@ def _gives_answers(run: Read) -> bool:
     return own is not None and own["rate"] - chance > SAFEGUARDED_SHARE * max(most, 0.0)
 
 
-def _has_undefended_weights(run: Read) -> bool:
+def has_undefended_weights(run: Read) -> bool:
     """Say whether the run measured its subject and an undefended one of the same weights.
 
     Such a run ends there, whatever the two answer: that base may refuse already.

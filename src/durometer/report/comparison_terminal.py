@@ -10,6 +10,7 @@ from rich.text import Text
 
 from durometer.report import comparison_text as words
 from durometer.report import figures
+from durometer.report.comparison_removal import BROKE, NOT_JUDGED
 from durometer.report.figures import budget_of, budget_text
 
 Json = Mapping[str, Any]
@@ -39,12 +40,74 @@ def comparison_table(comparison: Json) -> RenderableType:
         if comparison[group]:
             parts += [Text(), _text(heading, "bold"), *_remark(group, comparison)]
             parts.append(_overview(comparison[group]))
+    parts += [Text(), *_failed(comparison["failed"])] if comparison["failed"] else []
+    everyone = words.everyone(comparison)
+    parts += [Text(), _text("Before any attack", "bold"), _outcomes(everyone)]
+    attacked = [row for row in everyone if row["removal"]["without"]["state"] != NOT_JUDGED]
+    if attacked:
+        parts += [Text(), _text("Least that brings half back", "bold"), _removals(attacked)]
     for group in words.TITLES:
         rows = [row for row in comparison[group] if row["cells"]]
         if rows:
             parts += [Text(), _text(f"{words.HEADINGS[group]} by attack", "bold")]
             parts.append(_attacks(comparison["attacks"], rows))
+    parts += [Text(), _text("Tested and not tested", "bold"), *_coverage(comparison, everyone)]
     return Group(*parts, Text(), _text(LEGEND, "dim"))
+
+
+def _failed(failed: Sequence[Json]) -> Iterator[Text]:
+    yield _text("Not attacked", "bold")
+    for one in failed:
+        yield _text(f"{one['subject']}: {one['reason']}", "yellow")
+
+
+def _outcomes(rows: Sequence[Json]) -> Table:
+    """Return the share of every outcome at step 0, with its interval."""
+    table = _plain_table()
+    table.add_column(
+        "answers to re-\nstricted prompts", overflow="fold", min_width=10, max_width=26
+    )
+    for heading in words.SHORT.values():
+        table.add_column(heading, no_wrap=True, justify="right")
+    for row in rows:
+        cells = [_share(row["outcomes"].get(outcome)) for outcome in words.SHORT]
+        table.add_row(Text("\n").join(_stages(row["name"])), *cells)
+    return table
+
+
+def _share(rate: Json | None) -> Text:
+    if rate is None:
+        return _text("n/a", "dim")
+    low, high = (figures.decimal(100 * rate[end], 0) for end in ("low", "high"))
+    return _text(f"{words.whole(rate)}\n[{low}, {high}]")
+
+
+def _removals(rows: Sequence[Json]) -> Table:
+    """Return what it takes within the utility limit and without it, and what that costs."""
+    table = _plain_table()
+    table.add_column("attacked", overflow="fold", min_width=10, max_width=22)
+    for heading in ("within the utility limit", "without the limit"):
+        table.add_column(heading, overflow="fold", min_width=20, max_width=44)
+    for row in rows:
+        cells = [_removal(row["removal"][name]) for name in ("within", "without")]
+        table.add_row(Text("\n").join(_stages(row["name"])), *cells)
+    return table
+
+
+def _removal(found: Json) -> Text:
+    budget, attack = words.removal_text(found)
+    lines = [_text(budget, "red" if found["state"] == BROKE else ""), _text(attack)]
+    lines += [_text(spent, "dim")] if (spent := words.spent_text(found)) else []
+    return Text("\n").join(lines)
+
+
+def _coverage(comparison: Json, rows: Sequence[Json]) -> Iterator[Text]:
+    """Yield what was tested on the models, and what is missing for one of them."""
+    for heading, told in words.coverage_lines(comparison):
+        yield _text(f"{heading}: {told}")
+    for row in rows:
+        for gap in row["gaps"]:
+            yield _text(f"{row['name']}: {gap}", "yellow")
 
 
 def _remark(group: str, comparison: Json) -> list[Text]:

@@ -4,18 +4,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from durometer.report import figures
+from durometer.report.comparison_origin import origin_text
+from durometer.report.comparison_removal import BROKE, HELD
+from durometer.report.figures import budget_text
 
 Json = Mapping[str, Any]
 TOO_DEAR = "costs more than the limit"
 LEVELS = ((0.5, True), (0.5, False), (0.25, True), (0.25, False))
 TITLES = {
     "safeguards": "Safeguards of open weights",
+    "open": "Not safeguarded: they give the restricted answers before any attack",
     "controls": "Controls",
     "api": "Only behind a provider's interface: no protection once weights are public",
     "unknown": "Origin unknown",
 }
 HEADINGS = {
     "safeguards": "Safeguards",
+    "open": "Not safeguarded",
     "controls": "Controls",
     "api": "Behind an interface",
     "unknown": "Origin unknown",
@@ -23,9 +28,22 @@ HEADINGS = {
 WHAT_TO_DO = (
     "Neither the run nor a hardening.json says what these models are: safeguards of open weights, "
     "controls or an interface's. Move the hardened model's folder back to where the run found it, "
-    "or put the run into that folder as stress/; of a model that harden did not make nothing is "
-    "known."
+    "or put the run into that folder as stress/."
 )
+SHORT = {
+    "harmful_useful": "right",
+    "harmful_useless": "wrong\nanswer",
+    "refusal": "refused",
+    "benign_deflection": "evaded",
+    "incoherent_or_empty": "inco-\nherent",
+    "unparsed": "unread",
+}
+ACCESS = {
+    "weights": "weights",
+    "activations": "activations",
+    "routing": "routing of experts",
+    "input": "prompts and decoding",
+}
 
 
 def differences_line(comparison: Json) -> str:
@@ -42,7 +60,8 @@ def unranked_line(comparison: Json) -> str:
 
 def notes(row: Json) -> list[str]:
     """Return what must be said under a row's name."""
-    said = [row["control"]] if row["control"] else []
+    said = [origin_text(row["origin"])] if row["origin"]["base"] != row["name"] else []
+    said += [row["control"]] if row["control"] else []
     if row["role"] == "reference":
         said.append("the reference")
     if costs_too_much(row):
@@ -86,6 +105,8 @@ def gain_text(gain: Json) -> str:
 def first_text(row: Json) -> str:
     """Return what broke a model with the least computation, and how little that took."""
     first = row["first_broken"]
+    if row["open"]:
+        return "answers at once"
     if row["nothing_to_break"]:
         return "nothing to break"
     if first is None:
@@ -112,3 +133,52 @@ def unjudged(cell: Json) -> str:
 def spaced(label: str) -> str:
     """Return an attack's label so that a narrow column breaks before a number, never inside it."""
     return label.replace("=", " ")
+
+
+def everyone(comparison: Json) -> list[Json]:
+    """Return the rows of all groups, in the order in which they are shown."""
+    return [row for group in TITLES for row in comparison[group]]
+
+
+def removal_text(found: Json) -> tuple[str, str]:
+    """Return what it takes to undo a safeguard, and by what: budget with bracket, then attack."""
+    worst = found["worst"]
+    if found["state"] == BROKE:
+        budget = budget_text(worst["budgets"]["steps"])
+        few = f", {budget.broken}" if worst["seeds_broken"] < worst["seeds"] else ""
+        told = f"{budget.value} {worst['unit']} {budget.interval}".strip()
+        return f"{told}{few}", spaced(worst["label"])
+    if found["state"] == HELD:
+        most = figures.quantity((found["largest_tried"] or {}).get("steps"))
+        return f"held: > {most}", f"{found['judged']} attack{'s' * (found['judged'] != 1)}"
+    return "not judged", ""
+
+
+def spent_text(found: Json) -> str:
+    """Return examples and FLOPs of the worst attack, and the utility that it lost."""
+    worst = found["worst"]
+    if worst is None:
+        return ""
+    lost = worst["utility_loss"]
+    cost = f", {figures.points_text(lost)} points lost" if lost else ""
+    spent = f"{figures.quantity(worst['examples'])} examples, {figures.flops_text(worst['flops'])}"
+    return f"{spent}{cost}"
+
+
+def coverage_lines(comparison: Json) -> list[tuple[str, str]]:
+    """Return what was tested and what was not, as (heading, names) for every way of access."""
+    found = []
+    for access, names in comparison["coverage"]["tampers"].items():
+        total = sum(map(len, names.values()))
+        told = f"{len(names['all'])} of {total} tampers on every attacked model"
+        told += f": {', '.join(names['all'])}" if names["all"] else ""
+        told += f"; on some of them: {', '.join(names['some'])}" if names["some"] else ""
+        told += f"; not tested: {', '.join(names['none'])}" if names["none"] else ""
+        found.append((ACCESS[access], told))
+    measures = comparison["coverage"]["measures"]
+    told = ", ".join(measures["taken"]) or "none"
+    told += f"; not taken: {', '.join(measures['not_taken'])}" if measures["not_taken"] else ""
+    found.append(("measures", told))
+    if comparison["coverage"]["never"]:
+        found.append(("no suite tests", "; ".join(comparison["coverage"]["never"])))
+    return found

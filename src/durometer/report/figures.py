@@ -540,6 +540,7 @@ _SHAPES = (
     "M-5 -4H5L0 5.5Z",
 )
 _COLOURS = 6
+NARROW = 0.16  # the least share whose number fits into a bar inside a table
 
 
 def series_class(number: int) -> str:
@@ -570,13 +571,16 @@ def series_key(number: int) -> Markup:
     return element("svg", mark, viewBox="-8 -8 16 16", class_="key", aria_hidden="true")
 
 
-def stacked_bar(shares: Mapping[str, float], names: Mapping[str, str], label: str) -> Markup:
+def stacked_bar(
+    shares: Mapping[str, float], names: Mapping[str, str], label: str, *, written: float = 0.08
+) -> Markup:
     """Return one bar of shares that sum to 1, as wide as its place; class ``outcome NAME``.
 
     Args:
         shares: share by outcome.
         names: readable name by outcome, in the order in which the bar is stacked.
         label: what the bar is of, for readers that see no picture.
+        written: the least share whose number has room inside the bar.
     """
     body, start = [], 0.0
     for outcome, name in names.items():
@@ -588,7 +592,7 @@ def stacked_bar(shares: Mapping[str, float], names: Mapping[str, str], label: st
         body.append(
             element("rect", title, y="0", height="100%", class_=f"outcome {outcome}", **place)
         )
-        if share >= 0.08:
+        if share >= written:
             middle = f"{100 * (start + share / 2):.3f}%"
             text = f"{100 * share:.0f} %"
             body.append(element("text", text, x=middle, y="50%", class_=f"share {outcome}"))

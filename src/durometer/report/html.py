@@ -17,6 +17,7 @@ from durometer.measures.extraction import TRIES
 from durometer.report import figures
 from durometer.report.figures import Curve, Place, Point, budget_of, budget_text, strength_at
 from durometer.report.further import further_tables
+from durometer.report.groups_html import groups_page
 from durometer.report.judges import kappa_text
 from durometer.report.page import page_environment, page_style
 from durometer.report.summary import has_threshold
@@ -79,7 +80,9 @@ def render_html(summary: dict[str, Any], store: Store, *, show_texts: bool = Fal
         sampled_at=records.moment,
         utility=utility_table(ordered, summary),
         further=further_tables(summary, ordered, stands_for),
+        asked_in=groups_page(summary.get("groups"), OUTCOMES),
         judged=summary.get("judges"),
+        human=summary.get("human_labels"),
         kappa=kappa_text(summary),
         extraction_tries=TRIES,
         quantisation=summary.get("quantisation", []),

@@ -17,7 +17,10 @@ from durometer.core.statistics import (
     median_budget,
 )
 from durometer.domains.base import Split
+from durometer.measures.groups import GROUPS
 from durometer.report.further import further_section
+from durometer.report.groups import groups_section
+from durometer.report.human import LABELS, human_section
 from durometer.report.judges import judges_section
 from durometer.report.quantisation import quantisation_section
 from durometer.trials.analysis import (
@@ -109,8 +112,17 @@ def build_summary(store: Store) -> dict[str, Any]:
         "worst": worst,
         "durability_gain": _gain(run, rules, subjects),
         "measures": further_section(_asked_for(run), baselines, groups, label),
+        "groups": groups_section(run.trials, baselines, groups, label),
         "quantisation": quantisation_section(run.trials, baselines, label),
-        "judges": judges_section(run.described("judges"), run.trials, baselines, groups, label),
+        "judges": judges_section(
+            run.described("judges"),
+            run.trials,
+            baselines,
+            groups,
+            label,
+            rule=run.described("judge_rule") or "first",
+        ),
+        "human_labels": human_section(run.described(LABELS), run.trials, baselines, groups, label),
         "verdict": verdict(tampers, suite, complete=_complete(run)),
         "complete": _complete(run),
         "not_tested": run.described("not_tested") or [],
@@ -121,8 +133,9 @@ def build_summary(store: Store) -> dict[str, Any]:
 
 
 def _asked_for(run: Run) -> list[str]:
-    """Return the measures that were asked for beside the plan's."""
-    return list((run.described("request") or {}).get("measures", []))
+    """Return the measures that were asked for beside the plan's; groups have their own section."""
+    asked = (run.described("request") or {}).get("measures", [])
+    return [name for name in asked if name != GROUPS]
 
 
 def _hide_samples(tampers: list[dict[str, Any]]) -> None:

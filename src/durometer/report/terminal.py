@@ -13,7 +13,9 @@ from rich.text import Text
 from durometer.report import figures
 from durometer.report.figures import budget_of, budget_text
 from durometer.report.further import further_lines
+from durometer.report.groups import groups_lines
 from durometer.report.html import hardness, stands_for, undefended_curve
+from durometer.report.human import human_lines
 from durometer.report.judges import judges_lines
 from durometer.report.quantisation import quantisation_line
 
@@ -207,7 +209,7 @@ def _further(summary: Json) -> Iterator[Text]:
     """Yield what measures beside the plan's found, and what rounding changes."""
     for line in further_lines(summary):
         yield _text(line)
-    for line in judges_lines(summary):
+    for line in (*groups_lines(summary), *judges_lines(summary), *human_lines(summary)):
         yield _text(line)
     line = quantisation_line(summary.get("quantisation", []))
     if line:

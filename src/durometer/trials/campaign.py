@@ -14,13 +14,16 @@ from durometer.core.memory import release_free_memory
 from durometer.core.settings import digest_of
 from durometer.core.sources import source_hash
 from durometer.domains.base import Domain, Kind, Split
+from durometer.domains.groups import with_groups
 from durometer.domains.load import load_domain
 from durometer.judges.base import Device
-from durometer.judges.panel import Panel, read_judges
+from durometer.judges.panel import Panel, Rule, read_judges
 from durometer.measures.base import NOT_FINITE, find_measure, measure_names
+from durometer.measures.groups import GROUPS
 from durometer.measures.outcomes import Outcome
 from durometer.subjects.base import Subject
 from durometer.subjects.load import DtypeName, load_subject
+from durometer.subjects.origin import origin_of
 from durometer.subjects.record import facts_of
 from durometer.tampers.base import make_tamper, tamper_registry
 from durometer.trials.analysis import (
@@ -61,6 +64,8 @@ class Request:
         budget_steps: most updates of a trial; None leaves it to the suite.
         measures: registered measures to take beside the plan's, where report items are measured.
         judges: ``NAME[:KEY=VALUE,...]`` of at most two, for a domain without accepted answers.
+        judge_rule: whose word makes a success, the ``first`` judge's or that of ``both``.
+        languages, framings: groups in which the restricted items are asked as well.
     """
 
     subject: str
@@ -75,6 +80,9 @@ class Request:
     device: str = "auto"
     measures: tuple[str, ...] = ()
     judges: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+    framings: tuple[str, ...] = ()
+    judge_rule: Rule = "first"
 
 
 @dataclass
@@ -111,10 +119,10 @@ class Campaign:
             InputError: anything about the request that cannot be used as it is.
         """
         chosen_suite(request, 0)  # a misspelt tamper is told before anything is loaded
-        read_judges(request.judges)
-        domain = judged_domain(request)
+        read_judges(request.judges, request.judge_rule)
+        domain = with_groups(judged_domain(request), request.languages, request.framings)
         panel = load_panel(request, store) if judged else None
-        request = replace(request, measures=further_measures(request.measures, domain.kind))
+        request = replace(request, measures=grouped_measures(request.measures, domain))
         subjects = load_roles(request)
         suite = chosen_suite(request, subjects["subject"].parameters)
         return cls(request, store, observer, domain, suite, subjects, panel=panel)
@@ -253,7 +261,11 @@ class Campaign:
 
         versions = [__version__, torch.__version__, transformers.__version__, peft.__version__]
         judges = [*self.panel.identity(), source_hash("judges")] if self.panel else []
-        return ({"judges": judges} if judges else {}) | {
+        if self.panel and self.panel.rule != "first":
+            judges.append(self.panel.rule)
+        groups = self.domain.variants_hash
+        more = ({"judges": judges} if judges else {}) | ({"groups": groups} if groups else {})
+        return more | {
             "subject": subject.subject_fingerprint,
             "domain": self.domain.content_hash,
             "plan": self.suite.plan.canonical(),
@@ -289,11 +301,13 @@ class Campaign:
         identity = {
             "request": asdict(self.request) | {"tampers": list(self.request.tampers)},
             "judges": self.panel.identity() if self.panel else None,
+            "judge_rule": self.panel.rule if self.panel else None,
             "subjects": {role: describe_subject(s) for role, s in self.subjects.items()},
             "hardening": {
                 role: facts_of(s.source, s.fingerprint, s.dtype)
                 for role, s in self.subjects.items()
             },
+            "origins": {role: origin_of(s) for role, s in self.subjects.items()},
             "domain": describe_domain(self.domain),
             "suite": describe(self.suite),
             "not_tested": not_tested(self.suite),
@@ -333,7 +347,7 @@ def load_panel(request: Request, store: Store) -> Panel | None:
     if not request.judges:
         return None
     device = Device(request.device, request.dtype)
-    return Panel.build(request.judges, device, store.folder / VERDICTS)
+    return Panel.build(request.judges, device, store.folder / VERDICTS, request.judge_rule)
 
 
 def further_measures(names: Sequence[str], kind: Kind) -> tuple[str, ...]:
@@ -351,6 +365,22 @@ def further_measures(names: Sequence[str], kind: Kind) -> tuple[str, ...]:
             )
         if name in PLANNED:
             raise InputError(f"--measure {name}: every campaign measures it; name another one")
+    return chosen
+
+
+def grouped_measures(names: Sequence[str], domain: Domain) -> tuple[str, ...]:
+    """Return ``further_measures``, with that of groups where some were chosen, and only there.
+
+    Raises:
+        InputError: see ``further_measures``; or groups that nobody named.
+    """
+    chosen = further_measures(names, domain.kind)
+    if domain.variants:
+        return tuple(dict.fromkeys([*chosen, GROUPS]))
+    if GROUPS in chosen:
+        raise InputError(
+            f"--measure {GROUPS}: name the groups, with --languages, --framings or both"
+        )
     return chosen
 
 
