@@ -499,6 +499,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "object": documented,
     "other-benchmarks": other_benchmarks,
     "safeguards": safeguards,
+    "scanners": studies.scanners,
     "subjects": subjects,
     "suites": suites,
     "tampers": tampers,
