@@ -513,6 +513,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "other-benchmarks": other_benchmarks,
     "override": studies.override,
     "safeguards": safeguards,
+    "scanners": studies.scanners,
     "subjects": subjects,
     "suites": suites,
     "tampers": tampers,

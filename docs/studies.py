@@ -76,6 +76,52 @@ def _refusals(tampers: Json) -> str:
     )
 
 
+SCANNERS = ("durometer audit", "picklescan", "picklescan --strict", "ModelScan", "fickling")
+VERDICTS = ("flagged", "noted", "failed", "clean", "not looked at")
+
+
+def scanners() -> str:
+    """Return what each scanner says of hostile and of harmless files, by class of file."""
+    found = read("audit", "scanners")
+    tools = "\n".join(
+        f"- **{name}** {tool['version']} (`{tool['used']}`): {tool['claims']}"
+        for name, tool in found["tools"].items()
+    )
+    hostile, harmless = (
+        [row for row in found["classes"] if row["harmless"] is side] for side in (False, True)
+    )
+    parts = (
+        f"Run on {found['date']}, each scanner in an environment of its own:",
+        tools,
+        f"**Hostile, {_cases(hostile)} files and folders.**",
+        _verdicts(hostile),
+        f"**Harmless, {_cases(harmless)}.** Here *flagged* is a false alarm.",
+        _verdicts(harmless),
+    )
+    return "\n\n".join(parts)
+
+
+def _cases(rows: Iterable[Json]) -> int:
+    return sum(row["cases"] for row in rows)
+
+
+def _verdicts(rows: Iterable[Json]) -> str:
+    """Return a table, class of file by scanner, of how many got which verdict."""
+    head = f"| class of file | cases | {' | '.join(SCANNERS)} |\n|{'---|' * (len(SCANNERS) + 2)}"
+    lines = [
+        f"| {row['kind']} | {row['cases']} | "
+        + " | ".join(_said(row["verdicts"][name]) for name in SCANNERS)
+        + " |"
+        for row in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+def _said(counts: Mapping[str, int]) -> str:
+    said = [f"{counts[name]} {name}" for name in VERDICTS if name in counts]
+    return ", ".join(said)
+
+
 def standard(name: str) -> str:
     """Return the table of a standard run: its attacks, and the controls beside them."""
     summary = read("standard", name)

@@ -193,6 +193,28 @@ def test_rotary_settings_of_two_versions_are_equal(tmp_path: Path) -> None:
     assert "CF-03" not in found(settings(read_artefact(new), read_artefact(old)))
 
 
+@pytest.mark.parametrize(
+    ("changes", "severity"),
+    [
+        ({"vocab_size": 64}, Severity.LOW),
+        ({"vocab_size": 16}, Severity.MEDIUM),
+        ({"tie_word_embeddings": True}, Severity.MEDIUM),
+        ({"vocab_size": 64, "rms_norm_eps": 1e-5}, Severity.MEDIUM),
+    ],
+)
+def test_what_the_tensors_show_as_well_is_no_drift(
+    changes: Json, severity: Severity, tmp_path: Path
+) -> None:
+    base, model = write_model(tmp_path / "base"), write_model(tmp_path / "model", **changes)
+    assert found(settings(read_artefact(model), read_artefact(base)))["CF-03"] is severity
+
+
+def test_an_untied_head_is_no_drift(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", tie_word_embeddings=True)
+    model = write_model(tmp_path / "model")
+    assert found(settings(read_artefact(model), read_artefact(base)))["CF-03"] is Severity.LOW
+
+
 def test_quantised_tensors_that_are_not_declared(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", CONFIG)
     packed = {"model.layers.0.mlp.up_proj.qweight": np.ones((2, 2), np.int32)}

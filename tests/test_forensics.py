@@ -127,7 +127,9 @@ def test_identical_models_pass() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("casts", [("BF16",), ("F16",), ("F16", "BF16")])
+@pytest.mark.parametrize(
+    "casts", [("BF16",), ("F16",), ("F16", "BF16"), ("F8_E4M3",), ("BF16", "F8_E5M2")]
+)
 def test_a_cast_is_recognised_and_leaves_nothing_open(casts: Sequence[str]) -> None:
     subject = BASE
     for dtype in casts:
@@ -373,6 +375,20 @@ def test_a_faithful_quantisation_passes(grid: str) -> None:
     assert "WF-30" not in found
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("grid", ["Q8_0", "Q4_0", "NF4", "8-bit symmetric, whole rows"])
+def test_a_faithful_quantisation_that_was_cast_passes(grid: str, dtype: str) -> None:
+    found = audit(stored(everywhere(BY_NAME[grid].nearest), dtype))
+    assert found["WF-50"].status is Status.PASSED
+    assert not {"WF-21", "WF-30", "WF-31"} & set(found)
+
+
+def test_a_tampered_quantisation_that_was_cast_is_not_called_faithful() -> None:
+    found = audit(stored(everywhere(BY_NAME["Q8_0"].nearest, adapter(4, 0.03))))
+    assert found["WF-50"].evidence["tensors"] == 1  # the embedding, which nobody changed
+    assert found["WF-20"].status is Status.FOUND
+
+
 @pytest.mark.parametrize("grid", ["Q8_0", "Q5_0", "Q4_1"])
 def test_a_tampered_quantisation_is_found(grid: str) -> None:
     found = audit(everywhere(BY_NAME[grid].nearest, adapter(4, 0.03)))
@@ -459,6 +475,17 @@ def test_swapped_replaced_and_appended_rows_are_found() -> None:
     longer = audit(BASE | {name: np.concatenate([BASE[name], BASE[name][:8]])})
     assert longer["WF-62"].evidence["rows"] == {name: [VOCABULARY + 8, VOCABULARY]}
     assert longer["WF-01"].status is not Status.FOUND
+
+
+def test_an_untied_head_is_held_against_the_embedding() -> None:
+    table = BASE["model.embed_tokens.weight"]
+    same = audit(BASE | {"lm_head.weight": table})
+    assert same["WF-01"].status is Status.PASSED
+    changed = table.copy()
+    changed[[3, 4]] = table[[4, 3]]
+    found = audit(BASE | {"lm_head.weight": changed})["WF-62"]
+    assert found.severity is Severity.HIGH
+    assert found.evidence["moved_rows"] == {"lm_head.weight": [(3, 4), (4, 3)]}
 
 
 def test_scalings_are_found_and_those_that_cancel_weigh_nothing() -> None:
@@ -631,6 +658,18 @@ def test_rounding_agrees_with_torch(name: str, dtype: torch.dtype) -> None:
     assert (narrowest(ours), narrowest(values)) == (name, "F32")
     error = float(((ours - values) ** 2).sum())
     assert rounding_energy(values, name) == pytest.approx(error, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("F8_E4M3", torch.float8_e4m3fn), ("F8_E5M2", torch.float8_e5m2)]
+)
+def test_rounding_to_8_bits_agrees_with_torch(name: str, dtype: torch.dtype) -> None:
+    generator = np.random.default_rng(0)
+    spread = generator.standard_normal(5000) * np.exp(4 * generator.standard_normal(5000))
+    middles = np.arange(0, 448, 0.25)  # ties among them
+    values = np.concatenate([np.clip(spread, -448, 448), middles, -middles]).astype(np.float32)
+    expected = torch.from_numpy(values).to(dtype).float().numpy()
+    assert np.array_equal(rounded(values, name), expected)
 
 
 def test_the_score_ignores_what_is_strengthened_and_what_is_too_few() -> None:

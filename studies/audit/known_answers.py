@@ -4,22 +4,30 @@
     python studies/audit/known_answers.py --summary      rows -> known_answers.json and README.md
 
 One JSON line a variant is appended to ``results/rows.jsonl``; a run that was broken off goes on
-where it stopped. No edited weight is ever written.
+where it stopped. No edited weight is ever written; models saved in harmless ways are, into a
+temporary folder, to be audited with all their files.
 """
 
 import argparse
 import json
 import os
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import saved
 from parents import FAMILIES, Family, Workshop
 from variants import Stock, Variant, sequence_of
 
+from durometer.audit.files import read_artefact
 from durometer.audit.forensics import ablation, alone, calibration
 from durometer.audit.forensics.comparison import Comparison
-from durometer.audit.tensors import ArraySource
+from durometer.audit.run import AuditRequest
+from durometer.audit.run import audit as audit_folder
+from durometer.audit.tensors import ArraySource, open_tensors
+from durometer.findings import Finding
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROWS = RESULTS / "rows.jsonl"
@@ -27,15 +35,8 @@ ROWS = RESULTS / "rows.jsonl"
 
 def audit(stock: Stock, variant: Variant) -> dict[str, Any]:
     """Return the row of one variant."""
-    subject = ArraySource(variant.make())
-    states = stock.states
     begun = time.perf_counter()
-    comparison = Comparison(
-        subject,
-        ArraySource(states[variant.claimed]),
-        [ArraySource(states[name]) for name in variant.also],
-    )
-    found = comparison.run()
+    comparison, found = (_in_files if variant.in_files else _in_memory)(stock, variant)
     seconds = time.perf_counter() - begun
     scores = {
         side: ablation.removal_score(comparison.projections[side], comparison.evidence[side])
@@ -52,32 +53,58 @@ def audit(stock: Stock, variant: Variant) -> dict[str, Any]:
         "direction": stock.directions.get(variant.parent, (None, None))[1],
         "scores": scores,
         "score": max(scores.values()),
-        "findings": [
-            {
-                "check": finding.check,
-                "status": finding.status.value,
-                "severity": finding.severity.label,
-                "title": finding.title,
-                "evidence": {
-                    name: value
-                    for name, value in finding.evidence.items()
-                    if isinstance(value, int | float | str)
-                },
-            }
-            for finding in (*found, *_alone(variant, subject))
-        ],
+        "findings": [_told(finding) for finding in found],
         "seconds": round(seconds, 3),
         "calibration": calibration.VERSION,
     }
 
 
-def _alone(variant: Variant, subject: ArraySource) -> list[Any]:
+def _told(finding: Finding) -> dict[str, Any]:
+    return {
+        "check": finding.check,
+        "status": finding.status.value,
+        "severity": finding.severity.label,
+        "title": finding.title,
+        "evidence": {
+            name: value
+            for name, value in finding.evidence.items()
+            if isinstance(value, int | float | str)
+        },
+    }
+
+
+def _in_memory(stock: Stock, variant: Variant) -> tuple[Comparison, list[Finding]]:
+    """Compare arrays."""
+    subject = ArraySource(variant.make())  # type: ignore[call-arg, arg-type]
+    states = stock.states
+    also = [ArraySource(states[name]) for name in variant.also]
+    comparison = Comparison(subject, ArraySource(states[variant.claimed]), also)
+    found = comparison.run()
+    return comparison, [*found, *_alone(variant, subject)]
+
+
+def _in_files(stock: Stock, variant: Variant) -> tuple[Comparison, list[Finding]]:
+    """Write harmless files, audit all of them as a user does, and remove them again."""
+    if variant.kind != "harmless":
+        raise ValueError(f"{variant.key}: only harmless variants are written to files")
+    with tempfile.TemporaryDirectory() as home:
+        places = [Path(home) / name for name in ("subject", "base")]
+        for place in places:
+            place.mkdir()
+        target = variant.make(places[0])  # type: ignore[call-arg]
+        plain = saved.start(stock.shop, stock.states[variant.claimed])
+        base = saved.write(stock.shop, plain, places[1])
+        found = audit_folder(AuditRequest(target, base=base)).findings
+        comparison = Comparison(*(open_tensors(read_artefact(each)) for each in (target, base)))
+        comparison.run()
+    return comparison, list(found)
+
+
+def _alone(variant: Variant, subject: ArraySource) -> list[Finding]:
     """Audit without a base where that is of interest; names say so."""
     facts = variant.facts
     if variant.kind != "harmless" and (facts.get("healing"), facts.get("bits")) != ("none", 16):
         return []
-    from dataclasses import replace
-
     return [replace(f, check=f"{f.check} (no base)") for f in alone(subject)]
 
 

@@ -53,7 +53,7 @@ def outcome(row: Row) -> str:
     found = {f["check"] for f in row["findings"] if f["status"] == "found"}
     loud = {
         f["check"] for f in row["findings"]
-        if f["status"] == "found" and f["severity"] not in {"info", "low"}
+        if f["status"] in {"found", "error"} and f["severity"] not in {"info", "low"}
         and not f["check"].endswith("(no base)")
     }  # fmt: skip
     if not row["expected"]:
@@ -91,6 +91,19 @@ def other(row: Row) -> bool:
     return row["kind"] not in {"ablation", "hardening"}
 
 
+def in_files(row: Row) -> bool:
+    """Say whether the row is a parent saved in another way, audited with all its files.
+
+    Its weights are its parent's, so that it says nothing more about the score.
+    """
+    return "/saved/" in row["key"]
+
+
+def negative(row: Row) -> bool:
+    """Say whether the row is one that an ablation is told apart from."""
+    return other(row) and not in_files(row)
+
+
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
     """Return the probability that a positive scores higher than a negative, ties half."""
     ranks = rankdata([*positive, *negative])[: len(positive)]
@@ -100,17 +113,17 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
 
 def clustered(rows: Sequence[Row], positive: Callable[[Row], bool]) -> dict[str, Any] | None:
     """Return the AUROC of the score with a bootstrap interval over parents; None without rows."""
-    if not any(map(positive, rows)) or not any(map(other, rows)):
+    if not any(map(positive, rows)) or not any(map(negative, rows)):
         return None
     by_parent = defaultdict[str, list[Row]](list)
     for row in rows:
-        if positive(row) or other(row):
+        if positive(row) or negative(row):
             by_parent[f"{row['family']}/{row['parent']}"].append(row)
     parents = list(by_parent.values())
 
     def value(chosen: Sequence[Row]) -> float | None:
         first = [row["score"] for row in chosen if positive(row)]
-        second = [row["score"] for row in chosen if other(row)]
+        second = [row["score"] for row in chosen if negative(row)]
         return auroc(first, second) if first and second else None
 
     generator = np.random.default_rng(0)
@@ -123,7 +136,7 @@ def clustered(rows: Sequence[Row], positive: Callable[[Row], bool]) -> dict[str,
     everything = [row for chosen in parents for row in chosen]
     low, high = np.percentile(draws, [2.5, 97.5])
     first = [row["score"] for row in everything if positive(row)]
-    second = [row["score"] for row in everything if other(row)]
+    second = [row["score"] for row in everything if negative(row)]
     return {
         "auroc": value(everything), "low": float(low), "high": float(high),
         "ablated": len(first), "others": len(second), "parents": len(parents),
@@ -139,6 +152,7 @@ def alarms(rows: Sequence[Row]) -> dict[str, Any]:
     others = sum(other(row) for row in rows)
     return {
         "harmless": len(harmless),
+        "harmless_in_files": sum(map(in_files, harmless)),
         "harmless_parents": len({(r["family"], r["parent"]) for r in harmless}),
         "harmless_alarms": loud,
         "harmless_upper": clopper_pearson(len(loud), len(harmless)).high,
@@ -238,6 +252,15 @@ tensor on its own), over the one that is asked for; from 1 on a removed directio
 after; *others* are all variants without a removed direction: trained, adapted, merged, pruned,
 scaled, noisy, quantised, cast, untouched. Intervals resample parents, not variants. An AUROC of 1
 has the interval [1, 1] by construction: what bounds it is the number of parents.
+
+*Harmless* variants are untouched, cast, rounded faithfully, rescaled without effect, or saved in
+another way: other shards, order, dtype, metadata, names, templates, generation settings, an untied
+head, a padded vocabulary, unused buffers, GGUF files. Those saved in another way (*as files*) are
+whole folders, audited with every check against the base's folder; they count among the false alarms
+alone, since their weights are those of other rows. When these kinds were added, eight of the 38 new
+variants of `micro-a`'s base raised alarms: casts to 8-bit floats, NF4 and 8-bit files decoded to
+bf16, an untied head, a padded vocabulary. The checks were mended, no threshold was changed, and
+`micro-b` was run afterwards. Rows of other kinds are those of before these mends.
 """
 LIMITS = """Ablations found of those made: all layers, one shared direction. *Light* and *heavy*
 healing train all weights on harmless rows after the edit; *training before* compares with the base
@@ -282,7 +305,8 @@ def _numbers(found: dict[str, Any]) -> str:
         "highest score of any other variant": _number(goal, "highest_other"),
         "alarms on untouched or harmlessly changed variants": (
             f"{len(alarm['harmless_alarms'])} of {alarm['harmless']} "
-            f"({alarm['harmless_parents']} parents; 95 % upper bound {alarm['harmless_upper']:.1%})"
+            f"({alarm['harmless_in_files']} of them as files; {alarm['harmless_parents']} parents; "
+            f"95 % upper bound {alarm['harmless_upper']:.1%})"
         ),
         "called ablated without being so": (
             f"{len(alarm['called_ablated'])} of {alarm['not_ablated']} "

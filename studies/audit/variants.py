@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import edits
 import numpy as np
+import saved
 import torch
 from parents import Recipe, State, Workshop
 
@@ -26,20 +28,22 @@ class Variant:
     Attributes:
         kind: what was done, in one word.
         expected: checks of which one must come out as found; none for harmless variants.
-        make: returns the subject's tensors.
+        make: returns the subject's tensors, or writes them into a folder and returns where.
         claimed: name of the parent that it is compared with.
         also: names of parents given as candidates of a merge.
         facts: strength, bits, healing, layers.
+        in_files: whether ``make`` writes a folder, which is then audited with all its files.
     """
 
     key: str
     parent: str
     kind: str
     expected: tuple[str, ...]
-    make: Callable[[], State]
+    make: Callable[[], State] | Callable[[Path], Path]
     claimed: str
     also: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    in_files: bool = False
 
 
 @dataclass
@@ -83,6 +87,8 @@ def variants(stock: Stock) -> Iterator[Variant]:
     safeguarded = [r.name for r in recipes if r.data == "safeguard"]
     for parent in ("base", *(r.name for r in recipes)):
         yield from _harmless(stock, parent, full=parent == "base", small=small)
+        if not small:
+            yield from _saved(stock, parent, full=parent == "base")
     for recipe in recipes:
         yield _trained(stock, recipe)
     for parent in safeguarded:
@@ -128,11 +134,47 @@ def _harmless(stock: Stock, parent: str, *, full: bool, small: bool) -> Iterator
             "4-bit-groups": lambda: edits.rtn(state, 4, 64, "affine"),
             "nf4": lambda: edits.nf4(state),
             "rebalanced": lambda: edits.rebalanced(state, 3),
+            "bf16-f16": lambda: edits.cast(state, torch.bfloat16, torch.float16),
+            "f8_e4m3": lambda: edits.cast(state, torch.float8_e4m3fn),
+            "Q8_0-bf16": lambda: edits.cast(edits.gguf(state, "Q8_0"), torch.bfloat16),
+            "Q4_0-f16": lambda: edits.cast(edits.gguf(state, "Q4_0"), torch.float16),
+            "f16-Q5_0": lambda: edits.gguf(edits.cast(state, torch.float16), "Q5_0"),
+            "8-bit-groups": lambda: edits.rtn(state, 8, 128, "symmetric"),
+            "8-bit-rows-affine": lambda: edits.rtn(state, 8, None, "affine"),
+            "4-bit-groups-32": lambda: edits.rtn(state, 4, 32, "symmetric"),
+            "3-bit-groups": lambda: edits.rtn(state, 3, 64, "affine"),
+            "nf4-bf16": lambda: edits.cast(edits.nf4(state), torch.bfloat16),
         }
     elif small:
         made = {name: made[name] for name in ("identical", "bf16", "Q8_0", "Q4_0")}
     for name, make in made.items():
         yield Variant(f"{parent}/harmless/{name}", parent, "harmless", (), make, parent)
+
+
+def _saved(stock: Stock, parent: str, *, full: bool) -> Iterator[Variant]:
+    """Yield the parent saved in other harmless ways, as whole folders or GGUF files."""
+    shop, state = stock.shop, stock.states[parent]
+
+    def folder(changes: Sequence[saved.Change]) -> Callable[[Path], Path]:
+        def write(place: Path) -> Path:
+            model = saved.start(shop, state)
+            for change in changes:
+                change(model)
+            return saved.write(shop, model, place)
+
+        return write
+
+    made = {
+        name: folder(changes)
+        for name, changes in saved.CHANGES.items()
+        if full or name in saved.EVERYWHERE
+    }
+    for kind in ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0") if full else ("Q8_0",):
+        made[f"GGUF-{kind}"] = lambda place, k=kind: saved.write_gguf(shop, state, k, place)  # type: ignore[misc]
+    for name, write in made.items():
+        yield Variant(
+            f"{parent}/saved/{name}", parent, "harmless", (), write, parent, in_files=True
+        )
 
 
 def _trained(stock: Stock, recipe: Recipe) -> Variant:

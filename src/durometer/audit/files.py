@@ -284,11 +284,26 @@ def kind_of(path: Path) -> str:
         return "zero bytes"
     if path.suffix in _DATA_BY_NAME and head[:1] in b"\x08\x0a":
         return _DATA_BY_NAME[path.suffix]
+    if _is_old_pickle(path):
+        return "pickle"
     if b"\0" in head or not _is_text(head):
         return "unknown"
     if path.suffix == ".py":
         return "python"
     return "json" if head.lstrip()[:1] in (b"{", b"[") and path.suffix != ".jinja" else "text"
+
+
+def _is_old_pickle(path: Path) -> bool:
+    """Say whether a file that may be a pickle by its name is one of protocol 0 or 1, all of it.
+
+    They begin with no mark. Whatever does not end where the file ends is no such file.
+    """
+    suffix = path.suffix.lower()
+    if suffix and "pickle" not in _EXTENSIONS.get(suffix, ()):
+        return False
+    facts = walk_file(path)
+    told = bool(facts.imports or facts.calls)
+    return told and facts.stopped and not facts.damage and facts.end == path.stat().st_size
 
 
 def _is_header(head: bytes) -> bool:

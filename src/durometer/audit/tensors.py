@@ -7,6 +7,7 @@ so that what is read of a model of any size is one tensor.
 import math
 import mmap
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -193,8 +194,8 @@ _NUMPY = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
     "U64": "<u8", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8",
 }  # fmt: skip
-# Exponent bits, mantissa bits, bias, and the codes (sign aside) from which there are no numbers.
-_FLOAT8 = {"F8_E4M3": (4, 3, 7, 0x7F), "F8_E5M2": (5, 2, 15, 0x7D)}
+# Mantissa bits, bias, and the codes (sign aside) from which there are no numbers.
+FLOAT8 = {"F8_E4M3": (3, 7, 0x7F), "F8_E5M2": (2, 15, 0x7D)}
 
 
 def as_float32(raw: Array, dtype: str) -> Array:
@@ -205,8 +206,8 @@ def as_float32(raw: Array, dtype: str) -> Array:
     """
     if dtype == "BF16":
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    if dtype in _FLOAT8:
-        return _float8_table(*_FLOAT8[dtype])[raw]
+    if dtype in FLOAT8:
+        return float8_values(dtype)[raw]
     if dtype == "F8_E8M0":
         powers = np.ldexp(np.float64(1), raw.astype(np.int64) - 127)
         return np.where(raw == 255, np.nan, powers).astype(np.float32)
@@ -216,8 +217,10 @@ def as_float32(raw: Array, dtype: str) -> Array:
         return raw.view(_NUMPY[dtype]).astype(np.float32)
 
 
-def _float8_table(exponent_bits: int, mantissa_bits: int, bias: int, first_nan: int) -> Array:
-    """Return the value of each of the 256 codes."""
+@cache
+def float8_values(dtype: str) -> Array:
+    """Return the value of each of the 256 codes of an 8-bit float, positive ones first."""
+    mantissa_bits, bias, first_nan = FLOAT8[dtype]
     code = np.arange(128)
     mantissa, exponent = code & (1 << mantissa_bits) - 1, code >> mantissa_bits
     fraction = mantissa / (1 << mantissa_bits)
@@ -225,9 +228,11 @@ def _float8_table(exponent_bits: int, mantissa_bits: int, bias: int, first_nan: 
         exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent - bias)
     )
     values[first_nan:] = np.nan
-    if first_nan == 0x7D:  # E5M2 keeps IEEE infinities
+    if dtype == "F8_E5M2":  # E5M2 keeps IEEE infinities
         values[0x7C] = np.inf
-    return np.concatenate([values, -values]).astype(np.float32)
+    both = np.concatenate([values, -values]).astype(np.float32)
+    both.flags.writeable = False
+    return both
 
 
 def _mapped(path: Path) -> mmap.mmap:

@@ -232,7 +232,8 @@ def _sizes(total: int) -> Iterator[int]:
 
 def _parallel(artefact: Artefact, weights: Weights) -> Iterator[Finding]:
     sets = {"safetensors": sorted(weights.safetensors), "gguf": sorted(weights.gguf)}
-    sets["pickle"] = [f.name for k in ("pickle", "zip") for f in artefact.of_kind(k)]
+    carriers = (f.name for k in ("pickle", "zip") for f in artefact.of_kind(k))
+    sets["pickle"] = [name for name in carriers if not name.endswith(".npz")]
     present = {kind: names[:10] for kind, names in sets.items() if names}
     if len(present) > 1 or (len(weights.gguf) > 1 and not _is_split(weights)):
         title = "several sets of weights, of which the loader picks one"

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
+from durometer.audit.tensors import FLOAT8, float8_values
+
 Array = NDArray[np.float32]
 Vector = NDArray[np.float64]
 
@@ -106,7 +108,14 @@ def largest_value(matrix: Array) -> float:
 
 
 def rounded(values: Array, dtype: str) -> Array:
-    """Return ``values`` rounded to ``BF16`` or ``F16`` (ties to even) and widened again."""
+    """Return ``values`` rounded to a format (ties to even) and widened again.
+
+    Args:
+        dtype: ``BF16``, ``F16``, ``F8_E4M3`` or ``F8_E5M2``; in 8 bits, what is too large becomes
+            the largest number.
+    """
+    if dtype in FLOAT8:
+        return _rounded_to_8_bits(values, float8_values(dtype))
     if dtype == "F16":
         with np.errstate(over="ignore"):
             return values.astype(np.float16).astype(np.float32)
@@ -114,6 +123,17 @@ def rounded(values: Array, dtype: str) -> Array:
     half = (bits >> np.uint32(16)) & np.uint32(1)
     kept = (bits + np.uint32(0x7FFF) + half) & np.uint32(0xFFFF0000)
     return kept.view(np.float32)
+
+
+def _rounded_to_8_bits(values: Array, codes: Array) -> Array:
+    known = codes[:128][np.isfinite(codes[:128])]
+    middles = (known[1:] + known[:-1]) / 2
+    size = np.abs(values)
+    below = np.searchsorted(middles, size, side="left")
+    # On a middle, the even code of the two.
+    above = np.searchsorted(middles, size, side="right")
+    nearest: Array = np.copysign(known[np.where(below % 2 == 0, below, above)], values)
+    return nearest
 
 
 def narrowest(values: Array) -> str:

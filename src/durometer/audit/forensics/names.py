@@ -86,7 +86,8 @@ def is_gguf(names: list[str]) -> bool:
 def shared_names(subject: list[str], base: list[str]) -> dict[str, str]:
     """Return the base's name of each tensor of the subject, same names first, then same places.
 
-    A place that two tensors of one side claim is left out.
+    A place that two tensors of one side claim is left out. An output head of its own belongs to the
+    base's embedding if the base is tied, having none.
     """
     known = set(base)
     pairs = {name: name for name in subject if name in known}
@@ -97,4 +98,11 @@ def shared_names(subject: list[str], base: list[str]) -> dict[str, str]:
         there = left.get(place_of(name), [])
         if name not in pairs and len(there) == 1:
             pairs[name] = there[0]
+    own, tied = _matrices(subject, "head"), _matrices(base, "embedding")
+    if len(own) == len(tied) == 1 and not _matrices(base, "head"):
+        pairs.setdefault(own[0], tied[0])
     return pairs
+
+
+def _matrices(names: list[str], role: Role) -> list[str]:
+    return [name for name in names if place_of(name) == Place(role)]

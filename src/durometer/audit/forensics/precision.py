@@ -9,7 +9,10 @@ from durometer.audit.forensics.pairs import Pair, Reading
 from durometer.findings import Finding, Severity, Status
 
 # A tensor may have been cast twice on its way.
-CASTS: tuple[tuple[str, ...], ...] = (("BF16",), ("F16",), ("F16", "BF16"), ("BF16", "F16"))
+CASTS: tuple[tuple[str, ...], ...] = (
+    ("BF16",), ("F16",), ("F16", "BF16"), ("BF16", "F16"),
+    ("F8_E4M3",), ("F8_E5M2",), ("BF16", "F8_E4M3"), ("BF16", "F8_E5M2"),
+)  # fmt: skip
 ROWS = 64
 
 

@@ -16,7 +16,7 @@ from durometer.audit.forensics.linear_algebra import Array, fro2, rounded
 from durometer.audit.forensics.pairs import Pair, Reading
 from durometer.findings import Finding, Severity, Status, found, passed
 
-SAMPLED_ROWS = 32
+SAMPLED_ROWS, CAST_ROWS = 32, 4
 # A dequantised value may have been stored in bf16; neighbours on 8-bit grids are further apart.
 TOLERANCE = 2.0**-8
 # GGUF types that only llama.cpp's C code quantises to, with the width of their smallest blocks.
@@ -89,7 +89,7 @@ def measure(pair: Pair) -> GridMatch | None:
         width = SEARCHED[pair.stored]
         beyond = _beyond(pair, width, 2 ** int(pair.stored[1]))
         return GridMatch(pair.stored, False, 0.0, 1.0, beyond, False)
-    grid = grid_of(pair.subject, pair.stored)
+    grid = grid_of(pair.subject, pair.stored) or _cast_grid(pair)
     if grid is None or not grid.fits(pair.base.shape[1]):
         return None
     best = None
@@ -103,6 +103,23 @@ def measure(pair: Pair) -> GridMatch | None:
     assert best is not None
     beyond = _beyond(pair, grid.group or pair.base.shape[1], grid.levels)
     return GridMatch(grid.name, grid.exact, *best, beyond, lies_on(grid, pair.base))
+
+
+def _cast_grid(pair: Pair) -> Grid | None:
+    """Return the grid that the base, rounded to it and cast, is the subject on; a few rows decide.
+
+    Casting moves the values of fine grids further than the grid itself can be told from.
+    """
+    if pair.precision == "F32":
+        return None
+    rows = slice(None, None, max(len(pair.base) // CAST_ROWS, 1))
+    ours, theirs = (np.ascontiguousarray(m[rows]) for m in (pair.subject, pair.base))
+    for grid in GRIDS:
+        if grid.fits(theirs.shape[1]):
+            equal = rounded(grid.nearest(theirs), pair.precision) == ours
+            if float(equal.mean()) >= FAITHFUL:
+                return grid
+    return None
 
 
 def error(pair: Pair, match: GridMatch) -> float:
