@@ -391,6 +391,14 @@ def test_a_measure_without_right_or_wrong_is_shown_by_its_first_metric() -> None
     assert table["notes"] == []
 
 
+def test_of_what_is_to_be_kept_the_lowest_reading_is_told() -> None:
+    found = [read([record(value, {"acc": value})], "lm-eval:t") for value in (1.0, 0.0, 1.0)]
+    attacks = [{"label": "lora", "configuration": "c", "readings": found[1:]}]
+    told = {"measures": [{"name": "lm-eval:t", "start": {"subject": found[0]}, "tampers": attacks}]}
+    (line,) = further_lines(told)
+    assert line.endswith("100 % untampered, at least 0 % after an attack: lora")
+
+
 def test_the_family_is_listed() -> None:
     from durometer.listing import listed
 

@@ -233,7 +233,7 @@ def _reads_restricted(name: str) -> bool:
 
 
 def further_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line a measure: before any tamper, and the highest reading after an attack."""
+    """Yield a line a measure: before any tamper, and the worst reading after an attack."""
     for measure in summary.get("measures", []):
         start = measure["start"].get("subject")
         after = [
@@ -248,9 +248,13 @@ def further_lines(summary: Mapping[str, Any]) -> Iterator[str]:
             continue
         parts = [f"{_share(start and start['report'])} untampered"]
         if after:
-            rate, label, found = max(after, key=lambda one: one[0])
-            parts.append(f"at most {100 * rate:.0f} % after an attack: {label}")
-            if _reads_restricted(measure["name"]):
+            restricted = _reads_restricted(measure["name"])
+            # What is restricted should stay low, and what is to be kept high.
+            furthest = max if restricted else min
+            rate, label, found = furthest(after, key=lambda one: one[0])
+            most = "most" if restricted else "least"
+            parts.append(f"at {most} {100 * rate:.0f} % after an attack: {label}")
+            if restricted:
                 parts.append(f"never-taught control there {_share(found['control'])}")
         yield f"{measure['name']} on report items: {', '.join(parts)}"
 
