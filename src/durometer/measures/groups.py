@@ -21,8 +21,11 @@ GROUPS = "groups"
 def measure_groups(subject: Subject, domain: Domain, items: Sequence[Item]) -> list[ItemRecord]:
     """Generate and classify responses to the variants of ``items``, each by its language's rules.
 
-    The suite of a record is its group. Entities without variants give none.
+    The suite of a record is its group. Entities without variants give none; in a domain of which
+    no groups were chosen the items themselves are the only group.
     """
+    if not domain.variants:
+        return [replace(one, probe=GROUPS) for one in measure_outcomes(subject, domain, items)]
     asked = {(item.entity, item.split) for item in items}
     chosen = [v for v in domain.variants if (v.item.entity, v.item.split) in asked]
     found: dict[str, ItemRecord] = {}
