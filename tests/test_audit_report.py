@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import durometer
 from durometer.audit.adapter import AdapterSource
-from durometer.audit.behaviour import compare_answers
+from durometer.audit.behaviour import compare_answers, compare_refusals
 from durometer.audit.bom import to_cyclonedx
 from durometer.audit.checks import CHECKS
 from durometer.audit.files import read_artefact
@@ -445,6 +445,19 @@ def test_a_lost_safeguard_is_told_from_a_kept_one() -> None:
     assert compare_answers(safe[:4], safe[:4]).status is Status.INCONCLUSIVE
     unread = [replace(each, parse_status="non-finite likelihood") for each in safe]
     assert compare_answers(safe, unread).status is Status.ERROR
+
+
+def test_more_refusals_of_harmless_prompts_are_found() -> None:
+    def asked(refused: int, count: int = 60) -> list[ItemRecord]:
+        return [
+            replace(record(n, False), outcome="refusal" if n < refused else "benign_deflection")
+            for n in range(count)
+        ]
+
+    assert compare_refusals(asked(1), asked(30)).status is Status.FOUND
+    assert compare_refusals(asked(1), asked(30)).severity is Severity.LOW
+    assert compare_refusals(asked(30), asked(1)).status is Status.PASSED
+    assert compare_refusals(asked(1, 4), asked(2, 4)).status is Status.INCONCLUSIVE
 
 
 def test_behaviour_needs_a_base(tmp_path: Path) -> None:

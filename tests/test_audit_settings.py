@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 - tables of cases, one a line
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,33 @@ def test_texts_are_cut_and_joined_in_a_child(tmp_path: Path) -> None:
     assert {e.status for e in check_encoding(same, base)} == {Status.PASSED}
     (tmp_path / "same" / "tokenizer.json").write_text('{"model": 1}')
     (broken,) = check_encoding(read_artefact(tmp_path / "same"), base)
+    assert broken.status is Status.INCONCLUSIVE
+
+
+def by_byte() -> Json:
+    """Return a tokenizer of single bytes, which gives every text back."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    values: Json = json.loads(made.to_str())
+    return values
+
+
+def test_a_tokenizer_that_loses_letters(tmp_path: Path) -> None:
+    vowels = {"type": "Replace", "pattern": {"Regex": "[aeiou]"}, "content": ""}
+    base = folder(tmp_path / "base", by_byte())
+    lossy = folder(tmp_path / "lossy", by_byte() | {"normalizer": vowels})
+    assert {e.status for e in check_encoding(base, None)} == {Status.PASSED}
+    against = {e.check: e for e in check_encoding(lossy, base)}["TK-05"]
+    assert (against.status, against.severity) == (Status.FOUND, Severity.MEDIUM)
+    (alone,) = check_encoding(lossy, None)
+    assert (alone.check, alone.status) == ("TK-05", Status.INCONCLUSIVE)
+    (base.root / "tokenizer.json").write_text('{"model": 1}')
+    # A base that cannot be tried is no witness.
+    (broken,) = check_encoding(lossy, read_artefact(base.root))
     assert broken.status is Status.INCONCLUSIVE
 
 

@@ -10,7 +10,7 @@ from durometer.audit.tokenizer import REFUSALS, TokenizerFacts
 from durometer.audit.weights import Weights
 from durometer.core.errors import InputError
 from durometer.findings import Finding, Severity, found, left_out, passed, unsure
-from durometer.formats.safetensors import shown
+from durometer.formats.safetensors import nested_items, shown
 
 __all__ = ["check_config"]
 
@@ -66,21 +66,9 @@ def _settings(artefact: Artefact) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield name, values
 
 
-def _walk(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every key and its value at any depth, without recursion."""
-    stack = [value]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, dict):
-            yield from node.items()
-            stack.extend(node.values())
-        elif isinstance(node, list):
-            stack.extend(node)
-
-
 def _code(artefact: Artefact) -> Iterator[Finding]:
     for name, values in _settings(artefact):
-        for key, value in _walk(values):
+        for key, value in nested_items(values):
             if value and (severity := _severity(name, key, value)) is not None:
                 title = f"the setting {shown(key)} makes a loader run code or read other weights"
                 yield found(

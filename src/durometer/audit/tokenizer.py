@@ -326,9 +326,10 @@ def check_encoding(artefact: Artefact, base: Artefact | None) -> Iterator[Findin
         title = "the tokenizers library could not load or use the tokenizer within its limits"
         yield unsure("TK-05", Severity.MEDIUM, title, "tokenizer.json", "", reason=ours.failure)
         return
-    if theirs is not None and not theirs.failure:
-        yield from _ratios(ours.results, theirs.results)
-    yield from _round_trip(ours.results, theirs.results if theirs else None)
+    base_too = theirs.results if theirs is not None and not theirs.failure else None
+    if base_too is not None:
+        yield from _ratios(ours.results, base_too)
+    yield from _round_trip(ours.results, base_too)
 
 
 def _ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Iterator[Finding]:

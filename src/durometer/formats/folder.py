@@ -7,13 +7,13 @@ loader turn to other files or other people's code are refused, since those were 
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from durometer.core.errors import InputError, UnsafeInputError
 from durometer.formats.safetensors import (
+    nested_items,
     open_regular,
     parse_json_object,
     read_header,
@@ -162,7 +162,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def _refuse_remote_code(path: Path, values: dict[str, Any]) -> None:
     """Refuse settings by which a loader runs code, or reads weights, that nobody has checked."""
-    for key, value in _walk(values):
+    for key, value in nested_items(values):
         if key in _CODE_SETTINGS and value:
             asked = f"asks for remote code ({key})"
         elif key.endswith("implementation") and "/" in str(value):
@@ -174,18 +174,6 @@ def _refuse_remote_code(path: Path, values: dict[str, Any]) -> None:
             continue
         advice = "use a version of the model in an architecture that transformers has itself"
         raise UnsafeInputError(f"{shown(path)}: {asked}; remote code is never run; {advice}")
-
-
-def _walk(value: object) -> Iterator[tuple[str, Any]]:
-    """Yield every key and its value at any depth, without recursion."""
-    stack = [value]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, dict):
-            yield from node.items()
-            stack.extend(node.values())
-        elif isinstance(node, list):
-            stack.extend(node)
 
 
 def _adapter_weights(folder: Path, names: tuple[str, ...]) -> tuple[Path, ...]:

@@ -182,6 +182,18 @@ def parse_json_object(raw: bytes, what: str) -> dict[str, Any]:
     return value
 
 
+def nested_items(value: object) -> Iterator[tuple[str, Any]]:
+    """Yield every key and its value at any depth, without recursion."""
+    stack = [value]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, dict):
+            yield from node.items()
+            stack.extend(node.values())
+        elif isinstance(node, list):
+            stack.extend(node)
+
+
 class _DuplicateKeyError(Exception):
     """A JSON object names the same key twice."""
 
