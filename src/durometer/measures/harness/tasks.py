@@ -314,7 +314,7 @@ def _faults() -> tuple[type[Exception], ...]:
     from yaml import YAMLError
 
     values = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
-    others = (RuntimeError, ImportError, OSError, SyntaxError)
+    others = (RuntimeError, ImportError, OSError, SyntaxError, StopIteration)
     return (*values, *others, DatasetsError, TemplateError, YAMLError)
 
 
@@ -325,6 +325,8 @@ def _why(spec: HarnessSpec, error: BaseException) -> str:
     offline = kinds & {"OfflineModeIsEnabled", "ConnectionError", "LocalEntryNotFoundError"}
     if offline and not spec.hub:
         return "its data set is not on this machine; hub=yes fetches it, with your own access"
+    if "StopIteration" in kinds:  # what the reader of JSON lines makes of an empty file
+        return "its data set has no rows"
     if told is not None:
         return f"a column that its templates name is missing: {_reason(told)}"
     while error.__cause__ is not None:
