@@ -35,9 +35,9 @@ from tar_plan import (
     all_models,
     chosen,
     crossed,
-    drawn_model,
     figure3_models,
     plain_model,
+    released_model,
     tar_model,
     tiny_tar,
     trained_against,
@@ -232,7 +232,7 @@ def seeds_models(results: Results, limits: Limits) -> list[Model]:
         others = [r for r in rows if r["label"] not in ("tar", plain_model(kind).label)]
         labels = list(limits.safeguards) or tar_summary.best(others, kind, limits.best)
         found += [plain_model(kind), tar_model(kind)]
-        found += [drawn_model(kind)] * (kind == "knowledge")
+        found += [released_model(kind)] * (kind == "knowledge")
         found += [models[kind, label] for label in labels if (kind, label) in models]
     return with_seeds(dict.fromkeys(found), limits)
 

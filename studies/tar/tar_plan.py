@@ -31,10 +31,10 @@ ADAPTIVE = {"inflate": ("rescale, then full 3e-4",)}
 SPECIAL = {"norm_noise": "norm_noise:like={tar}"}
 # TAR with the terms of its paper alone, at the distance that suits them.
 PAPER = "tar (paper's terms)"
-INDEPENDENT_DRAWS = {"draws": "independent"}
-PAPER_SETTINGS = {"anchor": 0.0, "representation": 5.0, **INDEPENDENT_DRAWS}
-# TAR but for how its inner attacks are drawn: what dealing them is worth.
-DRAWN = "tar (attacks drawn independently)"
+# How TAR's released scripts draw inner attacks, and weight the points along them.
+RELEASED = "tar (released draws and weights)"
+RELEASED_SETTINGS = {"draws": "independent", "weighting": "normalised", "tamper_resistance": 6.0}
+PAPER_SETTINGS = {"anchor": 0.0, "representation": 5.0, **RELEASED_SETTINGS}
 SEED = 7
 UNDEFENDED_SEEDS = (1, 2)
 
@@ -115,9 +115,9 @@ def paper_model(kind: str, seed: int = SEED) -> Model:
     return replace(tar_model(kind, seed, **PAPER_SETTINGS), label=PAPER)
 
 
-def drawn_model(kind: str, seed: int = SEED) -> Model:
-    """Return TAR whose inner attacks are drawn each by itself, as in its paper."""
-    return replace(tar_model(kind, seed, **INDEPENDENT_DRAWS), label=DRAWN)
+def released_model(kind: str, seed: int = SEED) -> Model:
+    """Return TAR whose attacks are drawn each by itself, their last points counting most."""
+    return replace(tar_model(kind, seed, **RELEASED_SETTINGS), label=RELEASED)
 
 
 def plain_model(kind: str, seed: int = SEED) -> Model:
@@ -160,7 +160,13 @@ def ablations(kind: str) -> dict[str, dict[str, Model]]:
             f"{value:g}": tar_model(kind, representation=value, anchor=value)
             for value in (1.0, tiny_tar().representation, 4.0)
         },
-        "draws of inner attacks": {"independent": drawn_model(kind), "dealt": tar_model(kind)},
+        "draws of inner attacks": {
+            draws: tar_model(kind, draws=draws) for draws in ("independent", "dealt")
+        },
+        "weights along inner attacks": {
+            "late points most": tar_model(kind, weighting="normalised", tamper_resistance=6.0),
+            "all alike": tar_model(kind),
+        },
         "recombined rows": {"without": paper_model(kind), "with": tar_model(kind)},
         "stages": {
             "first alone": plain_model(kind),
@@ -174,13 +180,13 @@ def ablations(kind: str) -> dict[str, dict[str, Model]]:
 def figure3_models() -> dict[str, dict[str, Model]]:
     """Return the models of the comparison of losses, by loss and by how long they were trained.
 
-    Inner attacks are drawn as in the paper.
+    Inner attacks are drawn and weighted as in the released scripts.
     """
     steps = tiny_tar().steps
     found = {
         loss: {
-            "early": tar_model("knowledge", loss=loss, steps=steps // 4, **INDEPENDENT_DRAWS),
-            "late": tar_model("knowledge", loss=loss, **INDEPENDENT_DRAWS),
+            "early": tar_model("knowledge", loss=loss, steps=steps // 4, **RELEASED_SETTINGS),
+            "late": tar_model("knowledge", loss=loss, **RELEASED_SETTINGS),
         }
         for loss in ("entropy", "cross_entropy")
     }
