@@ -431,8 +431,8 @@ def _header_differences(members: list[zipfile.ZipInfo], file: IO[bytes]) -> Iter
             yield f"{where}: no header at byte {member.header_offset}"
             continue
         _, flags, method, _, _, crc, packed, full, name, extra = struct.unpack("<5H3I2H", raw[4:])
-        own = file.read(name)
-        if own.decode("utf-8" if flags & 0x800 else "cp437", "replace") != member.orig_filename:
+        own = file.read(name).decode("utf-8" if flags & 0x800 else "cp437", "replace")
+        if own != member.orig_filename:
             yield f"{where}: its own header says '{shown(own)}'"
         if (flags, method) != (member.flag_bits, member.compress_type):
             yield f"{where}: flags or method differ ({flags}, {method})"
@@ -449,7 +449,8 @@ def _header_differences(members: list[zipfile.ZipInfo], file: IO[bytes]) -> Iter
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, facts: ZipFacts) -> None:
     """Read one member to its end: its kind, its checksum, and what it would do as a pickle."""
     name = shown(member.filename)
-    if member.is_dir():
+    # Not `is_dir`, which older Pythons ask of the last character of a name that may be empty.
+    if member.filename.endswith("/"):
         return
     if member.flag_bits & 1:
         facts.unread.append(f"{name} (encrypted)")
