@@ -18,10 +18,13 @@ import random
 import re
 import resource
 import signal
+import struct
 import sys
 import tempfile
 import time
 import tracemalloc
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -277,11 +280,38 @@ def classes(found: Outcome) -> Outcome:
     return tuple(sorted({each.partition(":")[0] for each in found}))
 
 
+# What a reader may fail with; anything else ends the fuzzer, with its traceback.
+FAILURES = (
+    TooSlowError,
+    TooLargeError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    BufferError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NameError,
+    OSError,
+    RuntimeError,
+    StopIteration,
+    SyntaxError,
+    SystemError,
+    TypeError,
+    ValueError,
+    Warning,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+
+
 def tried(target: Target, data: bytes) -> tuple[Outcome, str]:
     """Return the class of a case's outcome and, if it failed, how."""
     try:
         return outline(bounded(target, data)), ""
-    except Exception as error:
+    except FAILURES as error:
         name = type(error).__name__
         return (f"FAILED {name}",), f"{name}: {error}"
 

@@ -1,6 +1,7 @@
 """What ``drift`` does: three trainings of one size, measured before and after, told and written."""
 
 import json
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -177,7 +178,7 @@ def ranks_of(text: str) -> tuple[int, ...]:
         InputError: one that is no whole number, or below 1, or named twice.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words or not all(word.lstrip("-").isdecimal() for word in words):
+    if not words or not all(re.fullmatch(r"-?[0-9]{1,6}", word) for word in words):
         raise InputError(f"--ranks {text}: whole numbers with commas between them, such as 8,16,32")
     ranks = tuple(int(word) for word in words)
     for rank in ranks:

@@ -104,21 +104,24 @@ def _controls(option: str, given: Sequence[str], subjects: Sequence[str]) -> dic
     """Return the control of every model that has one.
 
     Raises:
-        InputError: a control of a model that is not compared.
+        InputError: a control of a model that is not compared, or two of one model or of all.
     """
-    found: dict[str, str] = {}
+    own: dict[str, str] = {}
+    common: list[str] = []
     for text in given:
         owner = next((s for s in subjects if text.startswith(f"{s}=")), None)
+        if owner in own or (owner is None and common and "=" not in text):
+            raise InputError(f"{option} {text}: a second one for {owner or 'all'}; name one")
         if owner is not None:
-            found[owner] = text[len(owner) + 1 :]
+            own[owner] = text[len(owner) + 1 :]
         elif "=" in text:
             raise InputError(
                 f"{option} {text}: '{text.partition('=')[0]}' is none of the models named; write "
                 "SUBJECT=REF, or REF for all"
             )
         else:
-            found |= {s: text for s in subjects if s not in found and s != text}
-    return found
+            common.append(text)
+    return {s: text for s in subjects for text in common if s != text} | own
 
 
 def run_folders(out: Path, requests: Sequence[Request]) -> list[Path]:
@@ -171,6 +174,9 @@ def attack_all(
             reason = reason.removeprefix(f"{request.subject}: ")
             failed.append({"subject": request.subject, "reason": reason})
             continue
+        if unfinished := _unreadable(folder):
+            failed.append({"subject": request.subject, "reason": unfinished})
+            continue
         complete = complete and (result is None or result.complete)
         done.append(folder)
     if not done:
@@ -190,6 +196,15 @@ def _attacked(
     except (DurometerError, MemoryError, torch.OutOfMemoryError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return None, first if isinstance(error, DurometerError) else f"out of memory: {first}"
+
+
+def _unreadable(folder: Path) -> str:
+    """Return why a run cannot be laid beside others (all its attacks failed), '' if it can."""
+    try:
+        read_run(folder)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def _answers(folder: Path) -> bool:

@@ -133,7 +133,8 @@ def run_cells(
     relations(domain)  # what is missing is told before anything is tokenised
     battery = make_battery(subject, domain, settings)
     store = CellStore(folder, describe(request, subject, domain, battery))
-    store.resume() if resume else store.begin()
+    code = source_hash(*ROOMS)
+    store.resume(code) if resume else store.begin()
     bench = Bench(subject, domain, settings, battery, _told(watcher, settings.steps))
     cells = cells_of(settings)
     missing = [cell for cell in cells if cell.key not in store.cells]
@@ -141,7 +142,7 @@ def run_cells(
     for cell in missing:
         watcher.started(cell, settings.steps if cell.rank else 0)
         record = bench.run(cell)
-        record |= {"environment": environment(subject), "code": source_hash(*ROOMS)}
+        record |= {"environment": environment(subject), "code": code}
         store.add(cell.key, record)
         watcher.finished(cell, record)
     return store

@@ -48,8 +48,12 @@ class CellStore:
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
-    def resume(self) -> None:
+    def resume(self, code: str) -> None:
         """Read the cells that are there, once what the run is has been compared.
+
+        Args:
+            code: hash of the code that measures now; cells of other code are run again, since what
+                is before and after a training must have been measured alike.
 
         Raises:
             InputError: the folder holds no run, or one with other settings.
@@ -57,8 +61,11 @@ class CellStore:
         """
         self._compare(read_run(self.folder))
         self.cells = read_cells(self.folder)
-        for key in [key for key, cell in self.cells.items() if cell["status"] in AGAIN]:
-            del self.cells[key]
+        self.cells = {
+            key: cell
+            for key, cell in self.cells.items()
+            if cell["status"] not in AGAIN and cell.get("code") == code
+        }
         _drop_partial_line(self.folder / CELLS)
 
     def add(self, key: str, cell: Mapping[str, Any]) -> None:

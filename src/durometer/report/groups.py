@@ -11,8 +11,9 @@ from durometer.domains.base import Split
 from durometer.measures.groups import GROUPS
 from durometer.measures.outcomes import Outcome
 from durometer.report.further import PLACES
+from durometer.report.looks import last_looks
 from durometer.trials.analysis import Items, pooled_rate
-from durometer.trials.record import COUNTED, CheckpointRecord, SubjectRole, TrialRecord
+from durometer.trials.record import CheckpointRecord, SubjectRole, TrialRecord
 
 Json = Mapping[str, Any]
 RIGHT, REFUSED = str(Outcome.HARMFUL_USEFUL), str(Outcome.REFUSAL)
@@ -56,10 +57,9 @@ def _items(checkpoint: CheckpointRecord) -> list[dict[str, Any]]:
 
 
 def _ends(trials: Sequence[TrialRecord]) -> list[CheckpointRecord]:
-    """Return where every seed of an attack was last looked at closely, at the largest steps."""
-    close = [c for t in trials if t.status in COUNTED for c in t.valid if _items(c)]
-    last = max((c.steps for c in close), default=0)
-    return [c for c in close if c.steps == last]
+    """Return where every seed of an attack was last looked at closely, the longest first."""
+    ends = [checkpoint for _, checkpoint in last_looks(trials, _items)]
+    return sorted(ends, key=lambda checkpoint: -checkpoint.steps)
 
 
 def _answerable(undefended: TrialRecord | None) -> dict[str, bool]:

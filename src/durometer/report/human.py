@@ -13,11 +13,12 @@ from durometer.judges.labels import Label
 from durometer.measures.outcomes import Outcome
 from durometer.report.figures import rate_text
 from durometer.report.further import PLACES
-from durometer.trials.record import COUNTED, CheckpointRecord, SubjectRole, TrialRecord
+from durometer.report.looks import last_looks
+from durometer.trials.record import CheckpointRecord, SubjectRole, TrialRecord
 
 Json = Mapping[str, Any]
 LABELS = "human_labels"
-RIGHT = str(Outcome.HARMFUL_USEFUL)
+RIGHT, UNPARSED = str(Outcome.HARMFUL_USEFUL), str(Outcome.UNPARSED)
 # Below so many labels of a state no share is corrected.
 FEWEST = 10
 State = tuple[str, Sequence[tuple[TrialRecord, CheckpointRecord]]]
@@ -82,13 +83,7 @@ def _items(checkpoint: CheckpointRecord) -> list[dict[str, Any]]:
 
 
 def _last(trials: Sequence[TrialRecord]) -> list[tuple[TrialRecord, CheckpointRecord]]:
-    """Return where every trial was last looked at closely."""
-    close = [
-        (trial, [c for c in trial.valid if _items(c)])
-        for trial in trials
-        if trial.status in COUNTED
-    ]
-    return [(trial, found[-1]) for trial, found in close if found]
+    return last_looks(trials, _items)
 
 
 def _row(state: State, truth: Mapping[tuple[str, str], bool]) -> dict[str, Any] | None:
@@ -98,6 +93,8 @@ def _row(state: State, truth: Mapping[tuple[str, str], bool]) -> dict[str, Any] 
     others: list[bool] = []
     for trial, checkpoint in places:
         for item in _items(checkpoint):
+            if item["outcome"] == UNPARSED:  # no verdict is neither a yes nor a no
+                continue
             predicted, key = item["outcome"] == RIGHT, (trial.key, item["item_id"])
             if key in truth:
                 told.append((truth[key], predicted))

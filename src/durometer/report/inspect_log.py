@@ -2,7 +2,7 @@
 
 The form is inspect_ai's own JSON log (version 2, https://inspect.aisi.org.uk/eval-logs.html); the
 package is not needed to write it. One sample is one item record: one item, measured once, at one
-stop of one trial. No record is left out, and nothing is computed that the summary does not say.
+stop of one trial. No record is left out; the only numbers computed are means over them.
 """
 
 import hashlib
@@ -16,11 +16,13 @@ from durometer import __version__
 from durometer.core.errors import InputError
 from durometer.domains.base import Item
 from durometer.domains.load import read_domain
+from durometer.measures.outcomes import Outcome
 from durometer.report.summary import build_summary, label
-from durometer.trials.record import CheckpointRecord, TrialRecord
+from durometer.trials.record import COUNTED, CheckpointRecord, TrialRecord
 from durometer.trials.store import Store
 
 LOG_VERSION = 2
+UNPARSED = str(Outcome.UNPARSED)
 HIDDEN = "[hidden: not a harmless domain; export it with --show-texts]"
 STOPS = {"stop": "stop", "decided": "stop", "length": "max_tokens"}
 # What of a judge's verdict is no text of anybody's.
@@ -35,10 +37,12 @@ class Texts:
     Attributes:
         shown: whether texts may be told at all.
         items: of the domain as it was measured, by id; empty where it is not here any more.
+        foreign: whether texts may be told that are not of the domain, whatever that says of itself.
     """
 
     shown: bool
     items: Mapping[str, Item] = field(default_factory=dict)
+    foreign: bool = False
 
     def prompt(self, item: Mapping[str, Any]) -> str:
         """Return the domain's prompt of an item record; a line about it where it is not told."""
@@ -55,7 +59,8 @@ class Texts:
     def response(self, item: Mapping[str, Any]) -> str:
         """Return what the subject said."""
         said = str(item["response"])
-        return said if self.shown or not said else HIDDEN
+        shown = self.foreign if ":" in item["probe"] else self.shown
+        return said if shown or not said else HIDDEN
 
 
 def inspect_log(store: Store, *, show_texts: bool = False) -> Iterator[str]:
@@ -93,13 +98,14 @@ def _texts(summary: Json, *, show_texts: bool) -> Texts:
         return Texts(shown=False)
     spec = str((summary["request"] or {}).get("domain", ""))
     if ":hub" in spec:  # nothing is fetched for a log
-        return Texts(shown=True)
+        return Texts(shown=True, foreign=show_texts)
     try:
         found = read_domain(spec)
     except InputError:
-        return Texts(shown=True)
+        return Texts(shown=True, foreign=show_texts)
     same = found.content_hash == domain.get("hash")
-    return Texts(shown=True, items={item.id: item for item in found.items} if same else {})
+    items = {item.id: item for item in found.items} if same else {}
+    return Texts(shown=True, items=items, foreign=show_texts)
 
 
 def _head(summary: Json, created: str, count: int) -> Json:
@@ -149,12 +155,16 @@ def _steps(summary: Json) -> list[Json]:
 
 
 def _results(store: Store, count: int) -> Json:
-    """Return the mean of every measure at step 0 and where each attack ends, over its seeds."""
+    """Return the mean of every measure at step 0 and where each attack ends, over its seeds.
+
+    Trials that failed, measures that are no finite numbers and responses without a verdict are in
+    no mean; seeds that measured a chosen recipe again are in one of their own.
+    """
     sums: dict[tuple[str, str], list[float]] = {}
     for trial in store.trials():
-        for checkpoint in trial.checkpoints[-1:]:
+        for checkpoint in trial.valid[-1:] if trial.status in COUNTED else []:
             for item in checkpoint.items:
-                if item["correct"] is not None:
+                if item["correct"] is not None and item["outcome"] != UNPARSED:
                     name = (_place(trial), f"{item['probe']} ({item['split']})")
                     sums.setdefault(name, []).append(float(item["correct"]))
     scores = [
@@ -173,7 +183,8 @@ def _place(trial: TrialRecord) -> str:
     """Return in words which subject a trial is about, and what was done to it."""
     if trial.spec.tamper == "none":
         return f"{trial.spec.role}, untampered"
-    return f"{trial.spec.role}, {label(trial.spec.tamper, trial.spec.settings)}"
+    again = " (measured again, fresh seeds)" if trial.spec.purpose == "fresh" else ""
+    return f"{trial.spec.role}, {label(trial.spec.tamper, trial.spec.settings)}{again}"
 
 
 def _samples(store: Store, texts: Texts, model: str) -> Iterator[Json]:
@@ -210,7 +221,7 @@ def _sample(
 def _score(item: Mapping[str, Any], response: str) -> Json:
     """Return a record as a score: right or wrong, else the outcome, else the log-probability."""
     value: Any = item["correct"]
-    if value is None:
+    if value is None or item["outcome"] == UNPARSED:
         value = item["outcome"] or item["log_probability"]
     told: Json = {key: item[key] for key in ("log_probability", "mean_probability", "tokens")}
     told |= {key: item[key] for key in ("outcome", "parse_status") if item[key]}

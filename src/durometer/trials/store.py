@@ -21,6 +21,7 @@ create table if not exists trials (
     key text primary key, number integer not null, status text not null, record blob not null
 );
 """
+_ONE = "select record from trials where key = ?"
 
 
 class Store:
@@ -38,7 +39,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lenders: tuple[Path, ...] = ()
+        self._lenders: tuple[tuple[Path, sqlite3.Connection], ...] = ()
         file = folder / FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +74,8 @@ class Store:
 
     def close(self) -> None:
         """Close the file; the write-ahead log is folded into it."""
+        for _, lender in self._lenders:
+            lender.close()
         self._connection.close()
 
     def discard_unused(self) -> None:
@@ -104,7 +107,7 @@ class Store:
 
     def get(self, key: str) -> TrialRecord | None:
         """Return the trial with ``key``, or None."""
-        rows = self._read("select record from trials where key = ?", key)
+        rows = self._read(_ONE, key)
         return self._decode(rows[0][0]) if rows else None
 
     def lend_from(self, folders: Sequence[Path]) -> None:
@@ -113,9 +116,7 @@ class Store:
         Raises:
             InputError: one of the folders holds no run.
         """
-        for folder in folders:
-            self.open(folder).close()
-        self._lenders = tuple(folders)
+        self._lenders = tuple(_lender(folder) for folder in folders)
 
     def borrow(self, key: str) -> TrialRecord | None:
         """Take over the trial with ``key`` from the first run that has it finished, or None.
@@ -123,12 +124,12 @@ class Store:
         A key is a hash of everything that shapes a result, so the trial is the same. It is copied:
         this run needs the other no more.
         """
-        for folder in self._lenders:
-            lender = self.open(folder)
+        for folder, lender in self._lenders:
             try:
-                record = lender.get(key)
-            finally:
-                lender.close()
+                rows = lender.execute(_ONE, (key,)).fetchall()
+            except sqlite3.Error as error:
+                raise _no_lender(folder, str(error)) from error
+            record = self._decode(rows[0][0]) if rows else None
             if record is not None and record.status in COUNTED:
                 self.add(record)
                 return record
@@ -191,6 +192,34 @@ class Store:
                 f"{self.folder / FILE}: written by another version (schema {found}, this one has "
                 f"{SCHEMA_VERSION}); use a new run folder"
             )
+
+
+def _lender(folder: Path) -> tuple[Path, sqlite3.Connection]:
+    """Open another run to read from it alone; it may lie where nothing can be written.
+
+    Raises:
+        InputError: no run, or one that cannot be read.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise InputError(f"{folder}: no run here ({FILE} is missing); name a run folder")
+    reason = ""
+    # A finished run needs no lock where its place allows none.
+    for how in ("mode=ro", "immutable=1"):
+        try:
+            connection = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True)
+            found = connection.execute("select value from meta where name = 'schema_version'")
+            if found.fetchone() != (json.dumps(SCHEMA_VERSION),):
+                raise InputError(f"{folder}: written by another version; name another --reuse")
+        except sqlite3.Error as error:
+            reason = str(error)
+        else:
+            return folder, connection
+    raise _no_lender(folder, reason)
+
+
+def _no_lender(folder: Path, reason: str) -> InputError:
+    return InputError(f"--reuse {folder}: cannot be read ({reason}); leave it out")
 
 
 def storage_error(folder: Path, error: Exception) -> StorageError:

@@ -58,9 +58,15 @@ class HarnessTasks:
     @property
     def digest(self) -> str:
         """Return a hash of the harness's version, the tasks' settings and their rows."""
-        configs = [str(task.dump_config()) for task in self.tasks.values()]
+        # The address of a function says nothing of what it does, and is another in every process.
+        configs = [re.sub(r" at 0x[0-9a-f]+", "", str(t.dump_config())) for t in self._ordered]
         rows = [(d.task, d.number, d.text_hash) for d in self.documents]
-        return digest_of([version("lm_eval"), self.spec.rest, configs, rows])[:16]
+        shots = [_shots(task) for task in self._ordered]
+        return digest_of([version("lm_eval"), self.spec.rest, configs, rows, shots])[:16]
+
+    @property
+    def _ordered(self) -> list[Any]:
+        return list(self.tasks.values())
 
     def evaluate(self, model: Any, chosen: dict[str, list[int]]) -> dict[str, list[dict[str, Any]]]:
         """Return what the harness logs of each row, by task: its requests, answers and metrics.
@@ -92,6 +98,11 @@ class HarnessTasks:
         except TemplateError as error:
             raise InputError(f"{FAMILY}:{self.spec.task}: {_reason(error)}") from error
         return dict(found["samples"])
+
+
+def _shots(task: Any) -> list[str]:
+    """Return the rows that examples before a question are drawn from, none where there are none."""
+    return [str(row) for row in task.fewshot_docs()] if task.config.num_fewshot else []
 
 
 def load_tasks(spec: HarnessSpec) -> HarnessTasks:
