@@ -475,6 +475,16 @@ def test_a_run_killed_half_way_loses_one_cell_at_most(made: CellStore, copied: P
     assert without_times(read_cells(copied)) == without_times(made.cells)
 
 
+def test_a_cell_of_other_code_is_run_again(made: CellStore, copied: Path) -> None:
+    lines = [json.loads(line) for line in (copied / CELLS).read_text("utf-8").splitlines()]
+    lines[-1]["code"] = "other"
+    (copied / CELLS).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    watched = Watched()
+    again = run(copied, resume=True, watched=watched)
+    assert watched.ran == [lines[-1]["key"]]
+    assert without_times(again.cells) == without_times(made.cells)
+
+
 def test_a_finished_run_is_not_run_again(made: CellStore, copied: Path) -> None:
     watched = Watched()
     assert run(copied, resume=True, watched=watched).cells == made.cells
@@ -596,7 +606,7 @@ def test_nothing_to_ask_is_one_line(tmp_path: Path) -> None:
 # ---- settings and the command ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["0", "8,0", "-1", "", ",", "8,x", "1.5", "8,8"])
+@pytest.mark.parametrize("text", ["0", "8,0", "-1", "", ",", "8,x", "1.5", "8,8", "8,--4", "٣"])
 def test_ranks_that_cannot_be_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="--ranks"):
         ranks_of(text)

@@ -163,6 +163,30 @@ def test_results_are_means_where_each_attack_ends(tmp_path: Path) -> None:
     assert log["status"] == "success"
 
 
+def test_a_response_without_a_verdict_is_in_no_mean(tmp_path: Path) -> None:
+    record = controls()[0]
+    name = "outcomes (report): subject, untampered"
+    judged = record.checkpoints[0].probe("outcomes", "report")
+    for number, item in enumerate(judged):
+        unread = {"outcome": "unparsed", "correct": 0.0}
+        item.update({"correct": 1.0} if number < 10 else unread)
+    log = exported(made(tmp_path, [record, *controls()[1:], attack(1, *BREAKS_AT_2)]))
+    (found,) = [score for score in log["results"]["scores"] if score["name"] == name]
+    assert (found["scored_samples"], found["metrics"]["mean"]["value"]) == (10, 1.0)
+    values = [s["scores"]["outcomes"]["value"] for s in log["samples"] if "outcomes" in s["scores"]]
+    assert values.count("unparsed") == len(judged) - 10
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_responses_to_a_task_of_another_source_are_told_when_asked_for(
+    shown: bool, tmp_path: Path
+) -> None:
+    record = controls()[0]  # the domain is harmless; a task beside it says nothing of itself
+    record.checkpoints[0].items += items("lm-eval:one", "report", 1, response="a foreign text")
+    folder = made(tmp_path, [record, *controls()[1:], attack(1, *BREAKS_AT_2)])
+    assert ("foreign text" in json.dumps(exported(folder, show_texts=shown))) is shown
+
+
 def test_the_same_run_gives_the_same_log_and_stays_as_it_is(tmp_path: Path) -> None:
     folder = made(tmp_path / "run")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}

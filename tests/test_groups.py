@@ -375,6 +375,17 @@ def test_an_attack_is_read_where_it_was_last_measured() -> None:
     assert section({"subject": records.trial(records.checkpoint(0, 1, 1))}) is None
 
 
+def test_a_seed_that_broke_early_is_counted_where_it_ended() -> None:
+    start = trial("subject", items("a", FIRST), items("b", FIRST))
+    ends = [(4, [RIGHT] * 40), (64, [REFUSED] * 40)]
+    seeds = [
+        trial("subject", items("a", o), steps=s, tamper="lora", purpose="screen") for s, o in ends
+    ]
+    row = section({"subject": start}, *seeds)["rows"][1]
+    assert (row["steps"], row["seeds"]) == (64, 2)
+    assert row["groups"][0]["outcomes"][RIGHT]["rate"] == 0.5
+
+
 def test_the_page_marks_what_is_in_no_order() -> None:
     pair = {
         role: trial(role, items("a", FIRST), items("b", KNOWS[:30]))

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,7 @@ def test_bad_input_is_one_line(
         ([safe, *domain, "--measure", "extractoin"], "did you mean 'extraction'"),
         ([safe, *domain, "--seeds", "0"], "at least 1"),
         ([safe, *domain, "--undefended", "x=y"], "'x' is none of the models named"),
+        ([safe, *domain, "--undefended", "x", "--undefended", "y"], "a second one for all"),
         ([safe, *domain, "--resume"], "name the folder to go on with"),
         ([safe, *domain, "--out", str(tmp_path / "file")], "not a folder"),
         ([str(one), *domain], "leave --domain and --suite out"),
@@ -263,11 +265,12 @@ def test_a_control_for_all_is_none_for_itself(files: Files) -> None:
     assert [(one.subject, one.undefended) for one in made] == [(safe, base), (base, "")]
 
 
-def test_from_python(files: Files, made: Path) -> None:
+def test_from_python(files: Files, made: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(made, tmp_path / "board")
     again = durometer.scoreboard(
         [str(files.safe)],
         str(files.domain),
-        out=made,
+        out=out,
         undefended=[str(files.base)],
         tampers=(cli_world.BREAKING,),
         seeds=1,
@@ -277,7 +280,7 @@ def test_from_python(files: Files, made: Path) -> None:
     assert [row["name"] for row in again.data["safeguards"]] == ["safe"]
     assert again.complete
     with pytest.raises(InputError, match="unknown suite"):
-        durometer.scoreboard([str(files.safe)], str(files.domain), out=made, suite="x")
+        durometer.scoreboard([str(files.safe)], str(files.domain), out=out, suite="x")
 
 
 # ---- origins ------------------------------------------------------------------------------------

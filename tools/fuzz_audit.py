@@ -179,7 +179,7 @@ def _layers(kind: str) -> bytes:
         )
         for n, name in enumerate(names)
     }
-    return hostile.st(header, raw * len(names))
+    return bytes(hostile.st(header, raw * len(names)))
 
 
 def _blocks(kind: int, size: int, columns: int = 32) -> bytes:
@@ -188,7 +188,9 @@ def _blocks(kind: int, size: int, columns: int = 32) -> bytes:
         ("blk.0.attn_output.weight", (columns, 2), kind, 0),
         ("blk.0.ffn_down.weight", (columns, 2), kind, (2 * size + 31) // 32 * 32),
     ]
-    return hostile.gguf(infos=infos, data=(b"\x11\x22" * size).ljust(2 * size + 32, b"\0") * 2)
+    return bytes(
+        hostile.gguf(infos=infos, data=(b"\x11\x22" * size).ljust(2 * size + 32, b"\0") * 2)
+    )
 
 
 def _safetensors() -> list[bytes]:
