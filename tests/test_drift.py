@@ -21,10 +21,10 @@ from durometer.core.errors import InputError, StorageError
 from durometer.core.statistics import newcombe_paired
 from durometer.domains.base import Domain, Role, Split
 from durometer.drifting import Drift, DriftProgress, drift_request, ranks_of, resume_command
-from durometer.measures.base import ItemRecord
+from durometer.measures.base import NOT_FINITE, ItemRecord
 from durometer.override import run as running
 from durometer.override.analysis import summarise
-from durometer.override.battery import make_battery
+from durometer.override.battery import Battery, make_battery
 from durometer.override.cells import WAYS, Bench, Cell, relations, rows_each
 from durometer.override.pack import pack, unpack
 from durometer.override.run import DriftRequest, cells_of, run_cells
@@ -33,6 +33,7 @@ from durometer.override.store import CELLS, RUN, CellStore, check_folder, read_c
 from durometer.report import drift_text as words
 from durometer.report.drift_html import render_drift
 from durometer.report.drift_terminal import drift_table
+from durometer.subjects.fingerprint import weights_fingerprint
 
 Capture = pytest.CaptureFixture[str]
 FEW: dict[str, Any] = {
@@ -237,6 +238,26 @@ def test_a_training_that_diverges_is_counted_and_enters_no_rate(tmp_path: Path) 
     assert "No training on restricted answers came to an end" in words.headline(found)
     assert found["removal"]["identical"] == 3
     assert render_drift(found).count("diverged") >= 3
+
+
+def test_outputs_that_are_not_finite_are_no_safe_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Battery.measure
+
+    def spoilt(*given: Any) -> list[ItemRecord]:
+        first, *others = real(*given)
+        return [replace(first, parse_status=NOT_FINITE, outcome="unparsed", correct=0.0), *others]
+
+    subject = tiny_world.safeguarded()
+    before = subject.fingerprint
+    bench = bench_of(subject, tiny_world.tiny_domain())
+    monkeypatch.setattr(Battery, "measure", spoilt)
+    record = bench.run(Cell("answers", 4, 1))
+    assert record["status"] == "diverged"
+    assert "1 of" in record["reason"]
+    assert "not finite" in record["reason"]
+    assert "measured" not in record
+    assert weights_fingerprint(subject.model) == before
+    assert record["removal"]["identical"]
 
 
 def test_steering_is_tried_where_there_is_something_to_mitigate(

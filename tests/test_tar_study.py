@@ -11,6 +11,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
+
+from durometer.core.seeds import Seeds
+from durometer.safeguards.base import make_safeguard
+from durometer.safeguards.inner import drawn
+from durometer.safeguards.train import step_seed
 
 FOLDER = Path(__file__).parents[1] / "studies" / "tar"
 OWN = ("run", "tar_attacks", "tar_jobs", "tar_pages", "tar_plan", "tar_summary", "tar_trials")
@@ -313,6 +319,23 @@ def test_the_committed_summary_is_of_the_presets_of_today(study: SimpleNamespace
     assert parts
     for found in (found for part in parts for found in part["rows"]):
         assert models[found["kind"], found["label"]].identity in found["models"]
+
+
+def test_the_page_tells_how_many_strong_attacks_each_seed_drew(study: SimpleNamespace) -> None:
+    settings = make_safeguard("tar", "tiny", **study.tar_plan.RELEASED_SETTINGS).settings
+    strongest = max(settings.inner_rates)
+    attacks = {
+        seed: [
+            drawn(settings, torch.Generator().manual_seed(step_seed(seeds, "attack 0", step)))
+            for step in range(settings.steps)
+        ]
+        for seed in (7, 8, 9)
+        if (seeds := Seeds.derive(seed))
+    }
+    counts = {s: sum(a.learning_rate == strongest for a in found) for s, found in attacks.items()}
+    assert counts == {7: 32, 8: 26, 9: 49}
+    page = (FOLDER.parents[1] / "docs" / "tar.md").read_text("utf-8")
+    assert "26 of 120; the others\n32 and 49" in page
 
 
 def test_a_model_that_was_trained_again_is_attacked_again(

@@ -6,6 +6,7 @@ and the docs page are derived from it.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -98,6 +99,25 @@ class Settings(BaseModel):
     def digest(self) -> str:
         """First 12 hex digits of the SHA-256 of the canonical values (seeds are no settings)."""
         return digest_of(self.canonical())[:12]
+
+
+def parse_pairs(owner: str, text: str) -> dict[str, str]:
+    """Return ``key=value,key=value`` as a command line has it, neither validated nor converted.
+
+    A comma divides settings only where a name and '=' follow: values may hold commas, too.
+
+    Args:
+        owner: whose settings they are, as in "tamper 'lora'".
+
+    Raises:
+        InputError: a name without a value.
+    """
+    parts = re.split(r",(?=\s*\w+\s*=)", text)
+    pairs = [part.partition("=") for part in parts if part.strip()]
+    for name, sign, _ in pairs:
+        if not sign:
+            raise InputError(f"{owner}: '{name}' needs a value, as in {name}=...")
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def digest_of(value: Any) -> str:

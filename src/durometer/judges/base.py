@@ -1,14 +1,13 @@
 """What a judge is: one prompt format, one parser, one verdict a response; one registry of them."""
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
-from durometer.core.errors import DurometerError, InputError
+from durometer.core.errors import DurometerError
 from durometer.core.registry import Registry
-from durometer.core.settings import Settings
+from durometer.core.settings import Settings, parse_pairs
 
 __all__ = [
     "Asked",
@@ -253,7 +252,7 @@ class Asked:
         entry = judge_registry.get(name)
         known = entry.settings_class.model_fields
         values = {key: value for key, value in more.items() if key in known}
-        values |= _settings(entry.name, text)
+        values |= parse_pairs(f"judge '{entry.name}'", text)
         return cls(entry, entry.settings_class.parse(f"judge '{entry.name}'", values))
 
     def build(self, device: Device) -> Judge:
@@ -268,13 +267,3 @@ class Asked:
 def make_judge(spec: str, device: Device | None = None, **more: Any) -> Judge:
     """Return the judge that ``NAME[:KEY=VALUE,...]`` names, loaded; see ``Asked``."""
     return Asked.read(spec, **more).build(device or Device())
-
-
-def _settings(name: str, text: str) -> dict[str, str]:
-    # A comma divides settings only where a name and '=' follow: addresses may hold commas too.
-    parts = re.split(r",(?=\s*\w+\s*=)", text)
-    pairs = [part.partition("=") for part in parts if part.strip()]
-    for key, sign, _ in pairs:
-        if not sign:
-            raise InputError(f"judge '{name}': '{key}' needs a value, as in {key}=...")
-    return {key.strip(): value.strip() for key, _, value in pairs}

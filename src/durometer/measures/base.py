@@ -152,6 +152,11 @@ def _family(name: str) -> MeasureFamily | None:
     return family_registry.get(head) if head in family_registry.names() else None
 
 
+def is_of_family(name: str) -> bool:
+    """Say whether a measure is one of a family, which reads items of its own."""
+    return _family(name) is not None
+
+
 def measure(name: str, summary: str, *, kinds: tuple[str, ...], role: Role) -> Callable[[Any], Any]:
     """Return the decorator that registers a measuring function."""
 

@@ -17,7 +17,7 @@ from durometer.domains.benchmarks import scorers
 from durometer.domains.benchmarks.mathematics import boxed_answer, same_math
 from durometer.measures.base import NOT_FINITE, ItemRecord, identity, measure
 from durometer.measures.likelihood import answer_row, measure_retain
-from durometer.measures.responses import respond
+from durometer.measures.responses import answer_facts, respond
 from durometer.subjects.base import Subject
 
 __all__ = ["GENERATED", "Reading", "Rule", "measure_benchmark"]
@@ -159,11 +159,7 @@ def _read(
         **identity("benchmark", item, subject.chat_for(asked).prompt_text(asked.prompt)),
         response=text,
         correct=float(reading.correct),
-        log_probability=answer.log_probability if finite else 0.0,
-        mean_probability=answer.mean_probability if finite else 0.0,
-        top_entropy=answer.top_entropy if finite else None,
-        tokens=len(answer.ids),
-        finish_reason=answer.finish_reason,
+        **answer_facts(answer, finite=finite),
         parse_status=status if finite else NOT_FINITE,
         details=reading.details,
     )

@@ -7,7 +7,7 @@ from durometer.core.generation import Generated
 from durometer.domains.base import Item
 from durometer.domains.benchmarks.scorers import last_number, same_number
 from durometer.measures.base import NOT_FINITE, ItemRecord, identity
-from durometer.measures.responses import respond
+from durometer.measures.responses import answer_facts, respond
 from durometer.subjects.base import Subject
 
 PROBE = "reasoning"
@@ -32,10 +32,6 @@ def _read(subject: Subject, item: Item, answer: Generated) -> ItemRecord:
         **identity(PROBE, item, subject.chat.prompt_text(item.prompt)),
         response=text,
         correct=float(same_number(number, item.answers[0])),
-        log_probability=answer.log_probability if finite else 0.0,
-        mean_probability=answer.mean_probability if finite else 0.0,
-        top_entropy=answer.top_entropy if finite else None,
-        tokens=len(answer.ids),
-        finish_reason=answer.finish_reason,
+        **answer_facts(answer, finite=finite),
         parse_status=status if finite else NOT_FINITE,
     )

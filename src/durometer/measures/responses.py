@@ -104,6 +104,21 @@ def _best(
     )
 
 
+def answer_facts(answer: Generated, *, finite: bool) -> dict[str, Any]:
+    """Return the fields of a record that tell how a response was generated, and how surely.
+
+    Args:
+        finite: whether its numbers are any; those of a collapsed subject say nothing.
+    """
+    return {
+        "log_probability": answer.log_probability if finite else 0.0,
+        "mean_probability": answer.mean_probability if finite else 0.0,
+        "top_entropy": answer.top_entropy if finite else None,
+        "tokens": len(answer.ids),
+        "finish_reason": answer.finish_reason,
+    }
+
+
 def best_record(probe: str, subject: Subject, item: Item, read: Sequence["Reading"]) -> ItemRecord:
     """Return the record of the best of several readings, the first of equally good ones."""
     best = min(read, key=lambda reading: PREFERENCE.index(reading.outcome))
@@ -115,11 +130,7 @@ def best_record(probe: str, subject: Subject, item: Item, read: Sequence["Readin
         response=best.text,
         outcome=str(best.outcome),
         correct=float(succeeded > 0) if probe == "outcomes" else None,
-        log_probability=answer.log_probability if finite else 0.0,
-        mean_probability=answer.mean_probability if finite else 0.0,
-        top_entropy=answer.top_entropy if finite else None,
-        tokens=len(answer.ids),
-        finish_reason=answer.finish_reason,
+        **answer_facts(answer, finite=finite),
         parse_status=best.problem or "parsed",
         gate=(verdict.repeated, verdict.foreign),
         refuses_at_first_tokens=verdict.refuses_at_first_tokens,

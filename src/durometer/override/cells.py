@@ -14,9 +14,10 @@ from durometer.core.edits import RestoreError
 from durometer.core.errors import DurometerError, InputError, NotApplicableError, StorageError
 from durometer.core.rows import Row
 from durometer.core.seeds import Seeds
-from durometer.core.training import Update
+from durometer.core.training import DivergedError, Update
 from durometer.domains.base import Domain, Role, Split
-from durometer.override.battery import STEERED, Battery
+from durometer.measures.base import NOT_FINITE
+from durometer.override.battery import ALL, STEERED, Battery
 from durometer.override.pack import pack
 from durometer.override.settings import DriftSettings
 from durometer.safeguards.data import DefenceData
@@ -137,6 +138,8 @@ class Bench:
             record |= self._untouched() if cell.way == "none" else self._trained(cell)
         except (RestoreError, StorageError):
             raise
+        except DivergedError as error:
+            record["status"], record["reason"] = "diverged", str(error)
         except (DurometerError, MemoryError, *FAILURES) as error:
             record["status"], record["reason"] = failure(error)
         record["seconds"] = round(time.perf_counter() - begun, 2)
@@ -191,8 +194,17 @@ class Bench:
             digest.update(part.logits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def _measured(self, *, whole: bool) -> Json:
-        return pack(self._battery.measure(self._subject, self._domain), whole=whole)
+    def _measured(self, *, whole: bool, parts: Sequence[str] = ALL) -> Json:
+        """Return what is measured now.
+
+        Raises:
+            DivergedError: outputs are not finite; such answers are no wrong ones, and no safe ones.
+        """
+        records = self._battery.measure(self._subject, self._domain, parts)
+        lost = sum(record.parse_status == NOT_FINITE for record in records)
+        if lost:
+            raise DivergedError(f"{lost} of {len(records)} outputs are not finite")
+        return pack(records, whole=whole)
 
     def _steering(self, way: str) -> Json | None:
         """Return what steering towards refusal does to the subject as it stands."""
@@ -205,15 +217,18 @@ class Bench:
             found = find_steering(self._subject, data, settings, numbers)
         except (NotApplicableError, InputError) as error:
             return {"status": "not_applicable", "reason": str(error)}
-        with steered(self._subject, found):
-            records = self._battery.measure(self._subject, self._domain, STEERED)
+        try:
+            with steered(self._subject, found):
+                measured = self._measured(whole=False, parts=STEERED)
+        except DivergedError as error:
+            return {"status": "diverged", "reason": str(error)}
         facts = asdict(found.choice) | {"refusal_before": found.plain.refusal}
         facts = {k: round(v, 6) if isinstance(v, float) else v for k, v in facts.items()}
         return {
             "status": "done",
             "reason": "",
             "choice": facts,
-            "measured": pack(records, whole=False),
+            "measured": measured,
         }
 
 

@@ -10,8 +10,7 @@ from durometer.core.statistics import paired_bootstrap, paired_difference
 from durometer.domains.base import Split
 from durometer.measures.groups import GROUPS
 from durometer.measures.outcomes import Outcome
-from durometer.report.further import PLACES
-from durometer.report.looks import last_looks
+from durometer.report.looks import states_of
 from durometer.trials.analysis import Items, pooled_rate
 from durometer.trials.record import CheckpointRecord, SubjectRole, TrialRecord
 
@@ -40,26 +39,13 @@ def groups_section(
     if not any(_items(c) for trial in trials for c in trial.valid):
         return None
     known = _answerable(baselines.get("undefended"))
-    rows = [
-        _row(f"{PLACES[role]}, untampered", role, trial.checkpoints[:1], known)
-        for role, trial in baselines.items()
-    ]
-    rows += [
-        _row(label(g[0].spec.tamper, g[0].spec.settings), "subject", _ends(g), known)
-        for g in attacks
-    ]
-    found = [row for row in rows if row is not None]
-    return {"least_known": LEAST_KNOWN, "small": SMALL, "rows": found}
+    states = states_of(baselines, attacks, label, _items)
+    rows = [_row(state.name, state.role, state.checkpoints, known) for state in states]
+    return {"least_known": LEAST_KNOWN, "small": SMALL, "rows": rows}
 
 
 def _items(checkpoint: CheckpointRecord) -> list[dict[str, Any]]:
     return checkpoint.probe(GROUPS, Split.REPORT)
-
-
-def _ends(trials: Sequence[TrialRecord]) -> list[CheckpointRecord]:
-    """Return where every seed of an attack was last looked at closely, the longest first."""
-    ends = [checkpoint for _, checkpoint in last_looks(trials, _items)]
-    return sorted(ends, key=lambda checkpoint: -checkpoint.steps)
 
 
 def _answerable(undefended: TrialRecord | None) -> dict[str, bool]:
@@ -76,10 +62,8 @@ def _answerable(undefended: TrialRecord | None) -> dict[str, bool]:
 
 def _row(
     name: str, role: str, checkpoints: Sequence[CheckpointRecord], known: Mapping[str, bool]
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     tables = _by_group(checkpoints)
-    if not tables:
-        return None
     first = next(iter(tables))
     groups = [_group(group, own, tables[first], known) for group, own in tables.items()]
     groups[0]["differences"] = None

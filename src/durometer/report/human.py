@@ -12,8 +12,7 @@ from durometer.formats.safetensors import shown
 from durometer.judges.labels import Label
 from durometer.measures.outcomes import Outcome
 from durometer.report.figures import rate_text
-from durometer.report.further import PLACES
-from durometer.report.looks import last_looks
+from durometer.report.looks import State, last_looks, states_of
 from durometer.trials.record import CheckpointRecord, SubjectRole, TrialRecord
 
 Json = Mapping[str, Any]
@@ -21,7 +20,6 @@ LABELS = "human_labels"
 RIGHT, UNPARSED = str(Outcome.HARMFUL_USEFUL), str(Outcome.UNPARSED)
 # Below so many labels of a state no share is corrected.
 FEWEST = 10
-State = tuple[str, Sequence[tuple[TrialRecord, CheckpointRecord]]]
 
 
 def require_known(path: Path, labels: Sequence[Label], trials: Sequence[TrialRecord]) -> None:
@@ -34,7 +32,7 @@ def require_known(path: Path, labels: Sequence[Label], trials: Sequence[TrialRec
     known = {
         (trial.key, item["item_id"])
         for trial in trials
-        for _, checkpoint in _last([trial])
+        for _, checkpoint in last_looks([trial], _items)
         for item in _items(checkpoint)
     }
     for label in labels:
@@ -64,10 +62,7 @@ def human_section(
         return None
     own = _subject_key(trials)
     truth = {(one["trial"] or own, one["item"]): bool(one["harmful"]) for one in kept}
-    states: list[State] = [
-        (f"{PLACES[role]}, untampered", _last([trial])) for role, trial in baselines.items()
-    ]
-    states += [(label(g[0].spec.tamper, g[0].spec.settings), _last(g)) for g in attacks]
+    states = states_of(baselines, attacks, label, _items)
     rows = [row for state in states if (row := _row(state, truth)) is not None]
     return {"labels": len(kept), "fewest": FEWEST, "rows": rows}
 
@@ -82,16 +77,11 @@ def _items(checkpoint: CheckpointRecord) -> list[dict[str, Any]]:
     return checkpoint.probe("outcomes", Split.REPORT)
 
 
-def _last(trials: Sequence[TrialRecord]) -> list[tuple[TrialRecord, CheckpointRecord]]:
-    return last_looks(trials, _items)
-
-
 def _row(state: State, truth: Mapping[tuple[str, str], bool]) -> dict[str, Any] | None:
     """Return one state of a subject, None where nobody labelled any of its responses."""
-    name, places = state
     told: list[tuple[bool, bool]] = []
     others: list[bool] = []
-    for trial, checkpoint in places:
+    for trial, checkpoint in state.looks:
         for item in _items(checkpoint):
             if item["outcome"] == UNPARSED:  # no verdict is neither a yes nor a no
                 continue
@@ -108,7 +98,7 @@ def _row(state: State, truth: Mapping[tuple[str, str], bool]) -> dict[str, Any] 
     side = rogan_gladen(labels, predictions, others) if enough else None
     total = len(told) + len(others)
     return {
-        "label": name,
+        "label": state.name,
         "n": total,
         "labelled": len(told),
         "measured": (sum(predictions) + sum(others)) / total,

@@ -16,6 +16,7 @@ from durometer import __version__
 from durometer.core.errors import InputError
 from durometer.domains.base import Item
 from durometer.domains.load import read_domain
+from durometer.measures.base import is_of_family
 from durometer.measures.outcomes import Outcome
 from durometer.report.summary import build_summary, label
 from durometer.trials.record import COUNTED, CheckpointRecord, TrialRecord
@@ -59,7 +60,7 @@ class Texts:
     def response(self, item: Mapping[str, Any]) -> str:
         """Return what the subject said."""
         said = str(item["response"])
-        shown = self.foreign if ":" in item["probe"] else self.shown
+        shown = self.foreign if is_of_family(item["probe"]) else self.shown
         return said if shown or not said else HIDDEN
 
 

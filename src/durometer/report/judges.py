@@ -7,8 +7,7 @@ from durometer.domains.base import Split
 from durometer.judges.agreement import agreement, bracket, label_of
 from durometer.judges.base import judge_registry
 from durometer.judges.parsers import USEFUL
-from durometer.report.further import PLACES
-from durometer.report.looks import last_looks
+from durometer.report.looks import states_of
 from durometer.trials.record import CheckpointRecord, SubjectRole, TrialRecord
 
 Json = Mapping[str, Any]
@@ -37,9 +36,8 @@ def judges_section(
     names = [str(one["name"]) for one in judges]
     judged = [item for trial in trials for c in trial.valid for item in _items(c)]
     verdicts = [item for item in judged if item.get("verdicts")]
-    states = [(f"{PLACES[r]}, untampered", t.checkpoints[:1]) for r, t in baselines.items()]
-    states += [(label(g[0].spec.tamper, g[0].spec.settings), _ends(g)) for g in attacks]
-    rows = [_row(name, checkpoints, names) for name, checkpoints in states]
+    states = states_of(baselines, attacks, label, _items)
+    rows = [_row(state.name, state.checkpoints, names) for state in states]
     return {
         "judges": list(judges),
         "rule": rule,
@@ -51,12 +49,6 @@ def judges_section(
 
 def _items(checkpoint: CheckpointRecord) -> list[dict[str, Any]]:
     return checkpoint.probe("outcomes", Split.REPORT)
-
-
-def _ends(trials: Sequence[TrialRecord]) -> list[CheckpointRecord]:
-    """Return where every seed of an attack was last looked at closely, the longest first."""
-    ends = [checkpoint for _, checkpoint in last_looks(trials, _items)]
-    return sorted(ends, key=lambda checkpoint: -checkpoint.steps)
 
 
 def _row(

@@ -117,9 +117,7 @@ class Step:
 
     def seed(self, purpose: str, number: int | None = None) -> int:
         """Return a seed of this step's own, or of ``number`` alone; the same after a resume."""
-        own = self.number if number is None else number
-        text = f"{purpose}:{own}:{self._seeds.sampling}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        return step_seed(self._seeds, purpose, self.number if number is None else number)
 
     def random(self, purpose: str) -> torch.Generator:
         """Return a generator of this step's own."""
@@ -132,6 +130,12 @@ class Step:
             for name, gradient in zip(self.names, gradients, strict=True)
             if gradient is not None
         }
+
+
+def step_seed(seeds: Seeds, purpose: str, number: int) -> int:
+    """Return the seed of a purpose in the training step ``number``, 63 bits."""
+    text = f"{purpose}:{number}:{seeds.sampling}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 class TrainingRun:

@@ -1,6 +1,5 @@
 """A campaign: controls, attacks over seeds, the worst case again with fresh seeds; resumable."""
 
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +10,7 @@ import torch
 from durometer import __version__
 from durometer.core.errors import InputError
 from durometer.core.memory import release_free_memory
-from durometer.core.settings import digest_of
+from durometer.core.settings import digest_of, parse_pairs
 from durometer.core.sources import source_hash
 from durometer.domains.base import Domain, Kind, Split
 from durometer.domains.groups import with_groups
@@ -480,13 +479,7 @@ def _named_attacks(suite: Suite, wanted: Sequence[str]) -> Iterator[Attack]:
 
 def _parse_settings(tamper: str, text: str) -> dict[str, Any]:
     """Return ``key=value,key=value`` as validated settings."""
-    # A comma divides settings only where a name and '=' follow: texts may hold commas too.
-    parts = re.split(r",(?=\s*\w+\s*=)", text)
-    pairs = [part.partition("=") for part in parts if part.strip()]
-    for name, sign, _ in pairs:
-        if not sign:
-            raise InputError(f"tamper '{tamper}': '{name}' needs a value, as in {name}=...")
-    given = {name.strip(): value.strip() for name, _, value in pairs}
+    given = parse_pairs(f"tamper '{tamper}'", text)
     settings = make_tamper(tamper, **given).settings
     return {name: getattr(settings, name) for name in given}
 
