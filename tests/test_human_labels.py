@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import records
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_world import described
@@ -25,7 +26,7 @@ from durometer.measures.judged import combined, outcome_of
 from durometer.measures.outcomes import Outcome
 from durometer.options import resume_command
 from durometer.report import summary as summary_module
-from durometer.report.human import FEWEST, human_lines
+from durometer.report.human import FEWEST, human_lines, human_section
 from durometer.report.judges import judges_lines, judges_section, succeeded
 from durometer.trials.campaign import Request
 from durometer.trials.record import CheckpointRecord, TrialRecord, TrialSpec
@@ -300,6 +301,19 @@ def test_a_report_is_corrected_and_keeps_its_labels(tmp_path: Path, capsys: Capt
     # Made again without the file, it is what it was.
     assert main(["report", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["human_labels"] == summary["human_labels"]
+
+
+def test_what_no_judge_read_is_in_no_share_and_counted() -> None:
+    items = records.items("outcomes", "report", (10, 40))
+    items = [item | ({"outcome": "unparsed"} if n >= 30 else {}) for n, item in enumerate(items)]
+    trial = records.trial(CheckpointRecord(0, {}, None, items), role="subject", tamper="none")
+    kept = [{"trial": "", "item": f"outcomes/report/{n}", "harmful": n < 12} for n in range(20)]
+    section = human_section(kept, [trial], {"subject": trial}, [], lambda name, _: name)
+    assert section is not None
+    (row,) = section["rows"]
+    assert (row["n"], row["labelled"], row["unread"]) == (30, 20, 10)
+    assert row["measured"] == pytest.approx(10 / 30)
+    assert "10 more were not read" in next(iter(human_lines({"human_labels": section})))
 
 
 def test_few_labels_correct_nothing(tmp_path: Path, capsys: Capture) -> None:

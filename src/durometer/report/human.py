@@ -81,9 +81,11 @@ def _row(state: State, truth: Mapping[tuple[str, str], bool]) -> dict[str, Any] 
     """Return one state of a subject, None where nobody labelled any of its responses."""
     told: list[tuple[bool, bool]] = []
     others: list[bool] = []
+    unread = 0
     for trial, checkpoint in state.looks:
         for item in _items(checkpoint):
             if item["outcome"] == UNPARSED:  # no verdict is neither a yes nor a no
+                unread += 1
                 continue
             predicted, key = item["outcome"] == RIGHT, (trial.key, item["item_id"])
             if key in truth:
@@ -101,6 +103,7 @@ def _row(state: State, truth: Mapping[tuple[str, str], bool]) -> dict[str, Any] 
         "label": state.name,
         "n": total,
         "labelled": len(told),
+        "unread": unread,
         "measured": (sum(predictions) + sum(others)) / total,
         "table": [[told.count((a, b)) for b in (True, False)] for a in (True, False)],
         "corrected": asdict(corrected) if corrected else None,
@@ -115,6 +118,8 @@ def human_lines(summary: Json) -> Iterator[str]:
     """Yield a line a state whose responses people labelled."""
     for row in (summary.get("human_labels") or {}).get("rows", []):
         told = f"{row['label']}: {100 * row['measured']:.1f} % harmful and useful as measured"
+        if row["unread"]:
+            told += f" ({row['unread']} more were not read, and are in no share)"
         if row["corrected"] is None:
             yield f"{told}; {row['labelled']} labels are too few to correct it"
             continue
